@@ -1,0 +1,240 @@
+"""The transformer that every script trains, prunes, evaluates and packs; its named sizes, counts and optimiser groups.
+
+Pre-norm decoder: x += attention(norm(x)); x += feed_forward(norm(x)); final norm; head. Options: positions (sinusoidal,
+learned, rotary), norm, activation, tied head, bias, QK-norm. Shape legend: B batch, T time, C channels, H heads, D head
+width, V vocabulary.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError, at_least, one_of, require
+
+SIZES = {                               # METHODS §1: byte level, feed-forward 4d, untied head, sinusoidal positions
+    'transformer200k': dict(n_embd=64, n_head=4, n_layer=4, block_size=2048),
+    'transformer800k': dict(n_embd=128, n_head=4, n_layer=4, block_size=2048),
+    'transformer3.2m': dict(n_embd=256, n_head=8, n_layer=4, block_size=2048),
+    'transformer4.1m': dict(n_embd=256, n_head=8, n_layer=5, block_size=2048),
+    'transformer308m': dict(n_embd=1600, n_head=25, n_layer=10, block_size=512),
+}
+ACTIVATIONS = {
+    'gelu': F.gelu,
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'relu2': lambda x: F.relu(x).square(),
+}
+
+
+@dataclass
+class ModelConfig:
+    block_size: int = 2048
+    vocab_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 64
+    positions: str = 'sinusoidal'
+    norm: str = 'layernorm'
+    activation: str = 'gelu'
+    tied: bool = False
+    bias: bool = True
+    qk_norm: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
+        require(*(at_least(k, getattr(self, k), 1) for k in sizes),
+                (self.n_head < 1 or self.n_embd % self.n_head == 0,
+                 f'n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}'),
+                (self.positions != 'rotary' or self.n_embd // max(self.n_head, 1) % 2 == 0,
+                 f'rotary positions need an even head width, got {self.n_embd} / {self.n_head}'),
+                (0 <= self.dropout < 1, f'dropout = {self.dropout}, expected 0 <= dropout < 1'),
+                one_of('positions', self.positions, ('sinusoidal', 'learned', 'rotary')),
+                one_of('norm', self.norm, ('layernorm', 'rmsnorm')),
+                one_of('activation', self.activation, tuple(ACTIVATIONS)))
+
+
+def config_from_knobs(knobs, vocab_size):
+    """Build a ModelConfig: the named size, then every knob of it that is set (> 0, or not '')."""
+    require(one_of('model', knobs['model'], tuple(SIZES)))
+    size = dict(SIZES[knobs['model']])
+    size.update({k: knobs[k] for k in size if knobs[k] > 0})
+    options = {k: knobs[k] for k in ('positions', 'norm', 'activation', 'tied', 'bias', 'qk_norm', 'dropout')}
+    return ModelConfig(vocab_size=vocab_size, **size, **options)
+
+
+def sinusoids(n_positions, n_embd):
+    """Return the (T, C) table of Vaswani et al. 2017 §3.5: sines in even channels, cosines in odd ones."""
+    angle = torch.arange(n_positions, dtype=torch.float64)[:, None] * torch.exp(
+        torch.arange(0, n_embd, 2, dtype=torch.float64) * (-math.log(10000.0) / n_embd))
+    table = torch.zeros(n_positions, n_embd, dtype=torch.float64)
+    table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()[:, :n_embd // 2]
+    return table.float()
+
+
+def rotary_table(n_positions, head_width):
+    """Return the cosine and sine tables (T, D/2) of rotary positions (Su et al. 2021), base 10,000."""
+    angle = torch.arange(n_positions, dtype=torch.float64)[:, None] * torch.exp(
+        torch.arange(0, head_width, 2, dtype=torch.float64) * (-math.log(10000.0) / head_width))
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (first half, second half) of x (B, H, T, D) by position; cos, sin (T, D/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)
+
+
+def make_norm(config, width):
+    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layernorm' else nn.RMSNorm(width, eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention through SDPA; with a cache it sees the keys and values of earlier calls."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout, self.rotary = config.n_head, config.dropout, config.positions == 'rotary'
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        head_width = config.n_embd // config.n_head
+        self.q_norm, self.k_norm = (nn.RMSNorm(head_width, eps=1e-5) if config.qk_norm else nn.Identity() for _ in 'qk')
+
+    def forward(self, x, rope=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        mask, causal = None, True
+        if cache is not None:
+            if cache:
+                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
+                mask, causal = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T), False
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.attention = make_norm(config, config.n_embd), Attention(config)
+        self.norm2, self.feed_forward = make_norm(config, config.n_embd), FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, cache=None):
+        x = x + self.drop(self.attention(self.norm1(x), rope, cache))
+        return x + self.drop(self.feed_forward(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """Map ids (B, T) to logits (B, T, V), or with targets (B, T) to the summed cross-entropy in nats (-1: no score)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position = nn.Embedding(config.block_size, config.n_embd) if config.positions == 'learned' else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        if config.positions == 'sinusoidal':
+            self.register_buffer('sinusoid', sinusoids(config.block_size, config.n_embd), persistent=False)
+        if config.positions == 'rotary':
+            cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw matrices from N(0, 0.02), residual projections N(0, 0.02/sqrt(2 n_layer)) (GPT-2); biases 0, gains 1.
+
+        With sinusoidal positions the embedding starts at the sinusoids' own root mean square, 0.71, not at 0.02: 35
+        times smaller, the tokens would be noise on the position signal after the first norm.
+        """
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                wide = name == 'embed.weight' and self.config.positions == 'sinusoidal' and not self.config.tied
+                narrow = name.endswith(('proj.weight', 'down.weight'))
+                nn.init.normal_(p, 0.0, 0.71 if wide else residual if narrow else 0.02)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
+
+    def hidden(self, x, cache=None):
+        """Return the states after the final norm (B, T, C); cache is a list of one list per block, filled in place."""
+        start = cache[0][0].size(2) if cache and cache[0] else 0
+        stop = start + x.size(1)
+        if stop > self.config.block_size:
+            raise UserError(f'{stop} positions asked of a model with block_size = {self.config.block_size};'
+                            ' use shorter rows')
+        h = self.embed(x)
+        rope = None
+        if self.config.positions == 'sinusoidal':
+            h = h + self.sinusoid[start:stop]
+        elif self.config.positions == 'learned':
+            h = h + self.position.weight[start:stop]
+        else:
+            rope = self.cos[start:stop], self.sin[start:stop]
+        h = self.drop(h)
+        for i, block in enumerate(self.blocks):
+            h = block(h, rope, cache[i] if cache else None)
+        return self.norm(h)
+
+    def forward(self, x, y=None, cache=None):
+        logits = self.head(self.hidden(x, cache))
+        if y is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction='sum')
+
+    def new_cache(self):
+        """An empty cache for forward(x, cache=...), one list per block."""
+        return [[] for _ in self.blocks]
+
+
+def build(model_args):
+    """Build a GPT from a checkpoint's model_args dict."""
+    return GPT(ModelConfig(**model_args))
+
+
+def model_args(model):
+    return asdict(model.config)
+
+
+def n_parameters(config):
+    """Count trainable parameters of a config without allocating them."""
+    with torch.device('meta'):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def flops_per_token(config):
+    """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
+
+    6 per matrix weight used plus 12·L·C·T for attention scores and values, the causal half not deducted.
+    """
+    c = config.n_embd
+    return 6 * (12 * config.n_layer * c * c + config.vocab_size * c) + 12 * config.n_layer * c * config.block_size
+
+
+def optimizer_groups(model, weight_decay):
+    """Split parameters in two AdamW groups: matrices and embeddings decay, biases and norm gains do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
