@@ -1,0 +1,14 @@
+# torchrun --nproc_per_node=4 train.py config/wiki_9gb_vanilla.py
+# about 2.5 h on one H100-class GPU (estimated: 5.4e17 FLOPs at 60 TFLOP/s; not run). Needs: python prepare_wiki40b.py
+# Wiki-40B/en, leading 9,307,817,984 bytes, with the settings of arXiv 2505.17469 v1: plain training, never pruned: the reference.
+out_dir = 'out/wiki_9gb_vanilla'
+dataset = 'wiki40b_en'
+train_only_on_leading_tokens = 9_307_817_984
+model = 'transformer4.1m'
+procedure = 'vanilla'
+epochs_prelude = 0.0
+epochs = 1.0
+epochs_fine_tuning = 1.0
+stop_epoch_at_batch_fine_tuning = 50_000
+batch_size = 4
+learning_rate = 1e-5            # constant, as published: very slow; wiki_16mb_pmmp_fast.py holds a quicker recipe

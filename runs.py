@@ -1,0 +1,324 @@
+"""Where a run lives: processes and device, checkpoints, the run folder, run.json; and the table of all runs.
+
+    python runs.py                      gather out/*/run.json into runs.csv and print the table
+    python runs.py status OUT_DIR       exit 0 done, 85 paused, 1 failed or unfinished (what an sbatch file asks)
+
+A run writes only its own run.json; runs.csv is derived, rebuilt whole, never edited.
+"""
+import atexit
+import csv
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+from bins import sha256_file, write_json
+from configurator import UserError, configure, one_of, require, run
+
+# -----------------------------------------------------------------------------
+out = 'out'                     # folder that holds the run folders
+csv_path = 'runs.csv'           # the table written; '' = print only
+# -----------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
+PAUSED = 85                     # exit status of a run that saved itself and wants to be continued
+COLUMNS = ('run_id experiment_name timestamp run_time status procedure model dataset alpha beta initial_p_value '
+           'initial_u_value learning_rate batch_size seq_length epochs_prelude epochs epochs_fine_tuning seed '
+           'tolerated_relative_loss_increase epsilon final_train_loss final_val_loss mean_train_loss mean_test_loss '
+           'model_byte_size non_zero_params online_description_length_bytes training_runtime '
+           'total_number_of_GPUs').split()
+SHOWN = ('run_id status procedure final_val_loss test_bits_per_byte non_zero_params sparsity archive_bytes '
+         'training_runtime').split()
+
+
+# --- processes and device ---
+
+class Env:
+    """Rank, world size, device and precision of this process; `main` is rank 0, which alone prints and writes."""
+
+    def __init__(self, device='auto', dtype='auto'):
+        import torch
+        import torch.distributed as dist
+        self.torch, self.dist = torch, dist
+        require(one_of('device', device, ('auto', 'cuda', 'mps', 'cpu')),
+                one_of('dtype', dtype, ('auto', 'bfloat16', 'float16', 'float32')))
+        available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+        self.kind = next(k for k in available if available[k]) if device == 'auto' else device
+        if not available[self.kind]:
+            raise UserError(f'device = {device!r} is not available here; use --device=auto or --device=cpu')
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        self.main = self.rank == 0
+        if self.kind == 'cuda':
+            torch.cuda.set_device(self.local_rank)
+        self.device = torch.device(self.kind, self.local_rank) if self.kind == 'cuda' else torch.device(self.kind)
+        self.distributed = 'RANK' in os.environ
+        if self.distributed and not dist.is_initialized():
+            dist.init_process_group('nccl' if self.kind == 'cuda' else 'gloo')
+        if dtype == 'auto':
+            dtype = 'float32' if self.kind != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        self.dtype = dtype
+
+    def autocast(self):
+        if self.dtype == 'float32':
+            return nullcontext()
+        return self.torch.autocast(self.kind, getattr(self.torch, self.dtype))
+
+    def put(self, array):
+        """Copy a numpy array to the device; asynchronous on CUDA."""
+        tensor = self.torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.kind == 'cuda' else tensor.to(self.device)
+
+    def sum(self, tensor):
+        """Sum a tensor over ranks (float64 on every device that has it)."""
+        if self.distributed and self.world > 1:
+            tensor = tensor.to(self.device)
+            self.dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.distributed:
+            self.dist.barrier()
+
+    def close(self):
+        if self.distributed and self.dist.is_initialized():
+            self.dist.destroy_process_group()
+
+
+class StopSignals:
+    """Remember SIGTERM and SIGUSR1 so that the loop can save at the next step boundary."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        self.received = number
+
+
+# --- checkpoints ---
+
+def commit_id():
+    """The repository's commit, with -dirty where the tree differs; '' outside git."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+    return done.stdout.strip() if done.returncode == 0 else ''
+
+
+def versions():
+    import numpy
+    import torch
+    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=numpy.__version__)
+
+
+def save_checkpoint(path, checkpoint, keep_last=1):
+    """Write a checkpoint dict under a temporary name and rename; keep_last > 1 keeps older ones as NAME.1, NAME.2."""
+    import torch
+    tmp = f'{path}.tmp'
+    try:
+        torch.save(dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id()), tmp)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise UserError(f'cannot save {path} ({e}); the previous checkpoint is untouched; free some space') from None
+    for i in range(keep_last - 1, 0, -1):
+        older = path if i == 1 else f'{path}.{i - 1}'
+        if os.path.exists(older):
+            os.replace(older, f'{path}.{i}')
+    os.replace(tmp, path)
+
+
+def load_checkpoint(path, device='cpu'):
+    """Load a checkpoint file (or a run folder's ckpt.pt) with weights_only; a cut or foreign file is a UserError."""
+    import torch
+    if os.path.isdir(path):
+        path = os.path.join(path, 'ckpt.pt')
+    if not os.path.exists(path):
+        raise UserError(f'no checkpoint at {path!r}; train one with python train.py config/sample_pmmp.py')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise UserError(f'{path} is cut short or not a checkpoint ({str(e).splitlines()[0][:90]});'
+                        ' use an older one or train again') from None
+    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if found != CHECKPOINT_FORMAT:
+        raise UserError(f'{path} has format {found!r}, this version reads {CHECKPOINT_FORMAT!r}')
+    return checkpoint
+
+
+def load_model(path, device='cpu', checkpoint=None):
+    """Build the model of a checkpoint with its weights; returns (model, checkpoint)."""
+    from model import build
+    checkpoint = checkpoint or load_checkpoint(path)
+    model = build(checkpoint['model_args'])
+    load_weights(model, checkpoint, path)
+    return model.to(device), checkpoint
+
+
+def load_weights(model, checkpoint, path):
+    """Copy a checkpoint's weights into a model of the same shape; UserError names the difference where there is one."""
+    from model import model_args
+    mine, theirs = model_args(model), checkpoint['model_args']
+    differ = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine
+              if theirs.get(k) != mine[k] and k != 'dropout']
+    if differ:
+        raise UserError(f'{path} holds a model of another shape ({"; ".join(differ)}); use the shape of the checkpoint')
+    model.load_state_dict(checkpoint['model'])
+
+
+# --- run folder ---
+
+def open_run_folder(path, overwrite, resume=False, parent=''):
+    """Create a run folder; a finished or continuable run in it is refused unless overwrite (or resume) says so.
+
+    parent: the checkpoint that the new run starts from; it may not lie in the folder, which is about to be cleared.
+    """
+    status, here = read_status(path), os.path.realpath(path)
+    if parent and not resume and here in (os.path.realpath(parent), os.path.dirname(os.path.realpath(parent))):
+        raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
+                        ' choose another --out_dir')
+    if resume:
+        if status == 'done':
+            raise UserError(f'{path} holds a finished run, nothing is left to resume;'
+                            ' use --overwrite or another --out_dir')
+    elif not overwrite and (status in ('done', 'paused') or os.path.exists(os.path.join(path, 'ckpt.pt'))):
+        how = 'continue it with --init_from=resume, ' if status != 'done' else ''
+        raise UserError(f'out_dir {path!r} holds a {status or "checkpointed"} run; {how}'
+                        'replace it with --overwrite or choose another --out_dir')
+    os.makedirs(path, exist_ok=True)
+    if not resume:
+        for name in os.listdir(path):
+            if name.startswith(('ckpt.pt', 'best.pt')) or name in ('log.txt', 'train_loss.csv', 'run.json'):
+                os.remove(os.path.join(path, name))
+
+
+def read_run(path):
+    """Return the parsed run.json of a run folder, {} where there is none."""
+    try:
+        with open(os.path.join(path, 'run.json'), encoding='utf-8') as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return {}
+
+
+def read_status(path):
+    return read_run(path).get('status', '')
+
+
+class RunRecord:
+    """A run's own run.json: written at the start, updated with metrics, closed with its status. Rank 0 only."""
+
+    def __init__(self, out_dir, config, env, **facts):
+        self.path, self.main, self.started = os.path.join(out_dir, 'run.json'), env.main, time.time()
+        self.values = dict(config, run_id=os.path.basename(os.path.normpath(out_dir)), status='running',
+                           commit=commit_id(), timestamp=time.strftime('%Y-%m-%dT%H:%M:%S'), hardware=hardware(env),
+                           pid=os.getpid(), total_number_of_GPUs=env.world if env.kind == 'cuda' else 0,
+                           n_processes=env.world, **facts)
+        self.update()
+        atexit.register(self._fail)
+
+    def _fail(self):
+        """A run that ends the process without a status has failed; kill -9 leaves 'running' and a dead pid."""
+        if self.values['status'] == 'running' and os.path.exists(self.path):
+            self.update(status='failed')
+
+    def update(self, **metrics):
+        self.values.update(metrics, run_time=round(time.time() - self.started, 1))
+        if self.main:
+            write_json(self.path, self.values)
+
+
+def hardware(env):
+    """The machine in words: GPU name, or CPU model and thread count."""
+    if env.kind == 'cuda':
+        return f'{env.world} x {env.torch.cuda.get_device_name()}'
+    return f'{cpu_name()}, {env.torch.get_num_threads()} threads'
+
+
+def cpu_name():
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            return next(line.split(':')[1].strip() for line in f if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def rss_anon_bytes():
+    """Anonymous resident memory of this process in bytes (pages of a memory map do not count); -1 if unknown."""
+    try:
+        with open('/proc/self/status', encoding='utf-8') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('RssAnon'))
+    except (OSError, StopIteration):
+        return -1
+
+
+def parent_of(path):
+    """Name and hash of the checkpoint that a new one descends from."""
+    path = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
+    return dict(path=path, sha256=sha256_file(path)) if os.path.exists(path) else dict(path=path, sha256='')
+
+
+# --- the table of runs ---
+
+def gather(folder):
+    """Read every run.json below folder; a file that is being replaced is simply read again next time."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [r for r in (read_run(os.path.join(folder, name)) for name in names) if r]
+
+
+def write_csv(path, records):
+    """Write runs.csv whole: DESIGN's columns first, then every other knob and metric in sorted order."""
+    extra = sorted({k for r in records for k in r} - set(COLUMNS))
+    tmp = f'{path}.{os.getpid()}.tmp'
+    with open(tmp, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, COLUMNS + extra, restval='', extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(records)
+    os.replace(tmp, path)
+
+
+def markdown(rows, columns):
+    """Format a list of dicts as a markdown table, numbers right-aligned."""
+    def cell(value):
+        if isinstance(value, float):
+            return f'{value:.4f}' if abs(value) < 1000 else f'{value:,.0f}'
+        return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    table = [[cell(r.get(c, '')) for c in columns] for r in rows]
+    width = [max(len(c), *(len(t[i]) for t in table)) if table else len(c) for i, c in enumerate(columns)]
+    numeric = [all(isinstance(r.get(c, 0), (int, float)) for r in rows) for c in columns]
+    lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(columns, width)) + ' |',
+             '|' + '|'.join('-' * (w + 1) + (':' if n else '-') for w, n in zip(width, numeric)) + '|']
+    for row in table:
+        lines.append('| ' + ' | '.join(t.rjust(w) if n else t.ljust(w) for t, w, n in zip(row, width, numeric)) + ' |')
+    return '\n'.join(lines)
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not ({'-h', '--help'} & set(argv) or argv and not argv[0].startswith('--')):
+        argv = ['table', *argv]
+    verb, paths, _ = configure(globals(), argv, verbs=dict(table=0, status=1))
+    if verb == 'status':
+        status = read_status(paths[0]) or 'no run.json'
+        print(status)
+        return {'done': 0, 'paused': PAUSED}.get(status, 1)
+    records = gather(out)
+    if not records:
+        raise UserError(f'no run.json below {out!r}; train something first, or name the folder with --out=')
+    if csv_path:
+        write_csv(csv_path, records)
+    print(markdown(records, SHOWN))
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)

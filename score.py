@@ -1,0 +1,87 @@
+"""Score a model on a split: sums first (nats, tokens, correct), means last, every token once, over all ranks."""
+import math
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from configurator import UserError
+
+LN2 = math.log(2)
+
+
+def n_windows(n_tokens, block_size, minimal_context=0):
+    """Count the rows that windows yields."""
+    skip = max(minimal_context - 1, 0)
+    if skip >= block_size:
+        raise UserError(f'minimal_context_window = {minimal_context}, expected at most block_size = {block_size}')
+    return 1 + max(0, -(-(n_tokens - block_size) // (block_size - skip))) if n_tokens else 0
+
+
+def windows(n_tokens, block_size, minimal_context=0):
+    """Yield (start, first scored offset) of evaluation rows that score each of n_tokens exactly once.
+
+    With minimal_context m, every scored token sees at least m predecessors where they exist: the target at offset o of
+    a row has o + 1 inputs, so rows after the first score offsets from m - 1 on and advance by block_size - (m - 1).
+    """
+    skip = max(minimal_context - 1, 0)
+    for i in range(n_windows(n_tokens, block_size, minimal_context)):
+        yield i * (block_size - skip), skip if i else 0
+
+
+@torch.no_grad()
+def score(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False):
+    """Return {'nats', 'tokens', 'correct'} of model on data (bins.Bin), summed over all ranks.
+
+    batch_size: rows per forward on each rank. env: runs.Env. max_blocks > 0 scores that many leading rows only.
+    skip_first: the published convention, where a block's first token is input only (1,023 of 1,024 are scored).
+    Cross-entropy is float32 per token and summed in float64.
+    """
+    n_rows = n_windows(data.n_tokens, block_size, minimal_context)
+    rows = windows(data.n_tokens, block_size, minimal_context)
+    if skip_first:
+        rows, block_size = ((start + 1, skip) for start, skip in rows), block_size - 1
+    n_rows = min(n_rows, max_blocks or n_rows)
+    rows = islice(rows, env.rank, n_rows, env.world)
+    sums = torch.zeros(3, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=n_rows, desc=progress, unit='row', disable=not (progress and env.main), leave=False, mininterval=1)
+    while batch := list(islice(rows, batch_size)):
+        x, y = data.gather([start for start, _ in batch], block_size)
+        for target, (_, skip) in zip(y, batch):
+            target[:skip] = -1
+        x, y = env.put(x), env.put(y)
+        with env.autocast():
+            logits = model(x)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction='none')
+        correct = (logits.argmax(-1) == y).sum()                # padding targets are -1, never an argmax
+        sums += torch.stack((nats.sum(dtype=torch.float64), (y >= 0).sum().double(), correct.double())).cpu()
+        bar.update(len(batch) * env.world)
+    bar.close()
+    model.train(was_training)
+    nats, tokens, correct = env.sum(sums).tolist()
+    return dict(nats=nats, tokens=int(tokens), correct=int(correct))
+
+
+def metrics(sums, text_bytes):
+    """Turn sums over tokens that stand for text_bytes bytes into nats, bits per byte, perplexity, accuracy, bytes."""
+    tokens = max(sums['tokens'], 1)
+    loss, bits = sums['nats'] / tokens, sums['nats'] / LN2
+    return dict(loss_nats=loss, bits_per_byte=bits / max(text_bytes, 1), perplexity=math.exp(min(loss, 700)),
+                accuracy=sums['correct'] / tokens, data_bytes=bits / 8, tokens=sums['tokens'], text_bytes=text_bytes)
+
+
+def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False):
+    """Score and return metrics; the text bytes of a part of the split are its share of the tokens."""
+    sums = score(model, data, block_size, batch_size, env, minimal_context, max_blocks, progress, skip_first)
+    whole = sums['tokens'] == data.n_tokens
+    text_bytes = data.text_bytes if whole else round(data.text_bytes * sums['tokens'] / max(data.n_tokens, 1))
+    return metrics(sums, text_bytes)
+
+
+def rows_per_forward(block_size, tokens=16384):
+    """Rows per evaluation forward that keep about `tokens` tokens in flight."""
+    return max(1, tokens // block_size)
+

@@ -1,0 +1,557 @@
+"""Train a transformer: prelude, main phase with a sparsity procedure and TAMADE pruning, fine-tuning under the mask.
+
+    python train.py config/sample_pmmp.py                                   one process
+    torchrun --nproc_per_node=8 train.py config/wiki_16mb_pmmp.py           many GPUs, same batches
+    python train.py config/wiki_16mb_pmmp.py --check                        resolved knobs and the plan, nothing is run
+
+In: data/DATASET. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt, train_loss.csv, run.json}. Exit 85: saved, to be continued.
+Procedures edit gradients after backward and project after the step (Barth & von Petersenn 2025; METHODS in LOG.md).
+Clipping comes after the edit, Adam normalises both, as upstream: an alpha belongs to its optimiser and learning rate.
+"""
+import csv
+import math
+import os
+import sys
+import time
+from functools import partial
+
+from configurator import UserError, at_least, configure, one_of, require, run
+
+# -----------------------------------------------------------------------------
+# run
+out_dir = 'out/run'
+experiment_name = ''            # a label for runs.csv
+overwrite = False               # replace a finished run in out_dir
+init_from = 'scratch'           # 'scratch', 'resume' (all, from out_dir) or a checkpoint (weights and masks, step 0)
+seed = 858
+device = 'auto'                 # 'auto', 'cuda', 'mps', 'cpu'
+dtype = 'auto'                  # 'auto', 'float32', 'bfloat16', 'float16'
+compile = True                  # torch.compile, on CUDA only
+check = False                   # print the resolved knobs and the plan, then exit
+tokens_per_second = 0.0         # with --check: also print hours
+# data
+data_dir = 'data'
+dataset = 'sample'
+verify = False                  # check the SHA-256 of the data before training
+order = 'permuted'              # 'permuted' (each block once per epoch), 'sequential', 'random' (with replacement)
+online = False                  # first epoch sequential, its code length is the online description length
+train_only_on_leading_tokens = 0    # 0 = all
+# model; the named size is overridden where the numbers below are > 0
+model = 'transformer200k'       # transformer{200k,800k,3.2m,4.1m,308m}
+n_layer = 0
+n_head = 0
+n_embd = 0
+block_size = 0
+positions = 'sinusoidal'        # 'sinusoidal', 'learned', 'rotary'
+norm = 'layernorm'              # 'layernorm', 'rmsnorm'
+activation = 'gelu'             # 'gelu', 'gelu_tanh', 'relu2'
+tied = False                    # head shares the token embedding
+bias = True
+qk_norm = False
+dropout = 0.0
+# procedure
+procedure = 'vanilla'           # 'vanilla', 'rl1', 'drr', 'pmmp'
+alpha = 0.0                     # regularisation strength
+beta = 5.0                      # drr's steepness
+initial_p_value = 1.0           # pmmp: keep probability at start
+initial_u_value = 0.0           # pmmp: multiplier at start
+procedure_learning_rate = 0.0   # pmmp's w, gamma, u; 0 = the same as theta
+regularise = 'matrices'         # 'matrices' (and embeddings) or 'all' (upstream: biases and norm gains too)
+decoupled = False               # apply the penalty outside Adam's normalisation, as AdamW does decay
+# phases, in epochs; an epoch can be cut at a number of batches (0 = whole)
+epochs_prelude = 0.0
+epochs = 1.0
+epochs_fine_tuning = 0.0
+stop_epoch_at_batch_prelude = 0
+stop_epoch_at_batch = 0
+stop_epoch_at_batch_fine_tuning = 0
+max_iters = 0                   # > 0: steps of the main phase instead of epochs
+# pruning, after epochs of the main phase
+do_pruning = False
+first_pruning_after = 0         # epoch, from 1; 0 = once, at the end of the main phase
+prune_every = 1
+prune_by = 'magnitude'          # 'magnitude' (TAMADE) or 'gamma' (pmmp: drop gamma < 1/2)
+tolerated_relative_loss_increase = 0.01
+# batch and optimiser
+batch_size = 8                  # sequences per step over all ranks and micro-batches
+micro_batch_size = 0            # sequences per forward on one rank; 0 = batch_size / ranks
+steps_per_chunk = 1             # update steps taken on each batch
+learning_rate = 1e-3
+schedule = 'constant'           # 'constant', 'cosine', 'linear', after warm-up, one over the whole run
+warmup_iters = 0
+min_learning_rate_ratio = 0.1   # where 'cosine' and 'linear' end
+beta1 = 0.9
+beta2 = 0.999
+adam_epsilon = 1e-8
+weight_decay = 0.0              # matrices and embeddings only
+grad_clip = 0.0                 # 0 = off
+# logging, evaluation, saving
+log_every = 1                   # steps between rows of train_loss.csv
+log_interval = 100              # steps between lines of log.txt
+eval_interval = 0               # steps between validations; 0 = at the end of each phase only
+eval_blocks = 0                 # leading validation blocks used in training; 0 = the whole split
+final_train_blocks = -1         # leading training blocks scored at the end: -1 = all, 0 = none
+checkpoint_time = 83000.0       # seconds between checkpoints; 0 = only at the end and on a signal
+max_runtime = 86000.0           # seconds after which the run saves itself and exits with 85; 0 = off
+keep_last = 1                   # checkpoints kept
+wandb_log = False
+wandb_project = 'nanomdl'
+# -----------------------------------------------------------------------------
+
+CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros')
+LN2 = math.log(2)
+MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
+
+
+# --- the plan: phases and steps, a pure function of the knobs and the number of batches ---
+
+def plan_phases(n_batches):
+    """Return the phases as dicts: name, procedure, epoch_steps, n_steps, first_step, first_epoch."""
+    phases, step, epoch = [], 0, 0
+    for name, length, stop in (('prelude', epochs_prelude, stop_epoch_at_batch_prelude),
+                               ('main', epochs, stop_epoch_at_batch),
+                               ('fine_tuning', epochs_fine_tuning, stop_epoch_at_batch_fine_tuning)):
+        epoch_steps = min(n_batches, stop or n_batches) * steps_per_chunk
+        n_steps = max(round(length * epoch_steps), int(length > 0))
+        if name == 'main' and max_iters > 0:
+            n_steps = max_iters
+        if n_steps:
+            phases.append(dict(name=name, procedure=procedure if name == 'main' else 'vanilla', epoch_steps=epoch_steps,
+                               n_steps=n_steps, first_step=step, first_epoch=epoch))
+            step, epoch = step + n_steps, epoch - (-n_steps // epoch_steps)
+    return phases
+
+
+def prunes_after(phase, step):
+    """Say whether a pruning follows the given number of completed steps of the main phase."""
+    if phase['name'] != 'main' or not do_pruning:
+        return False
+    if first_pruning_after == 0:
+        return step == phase['n_steps']
+    epoch, inside = divmod(step, phase['epoch_steps'])
+    return inside == 0 and epoch >= first_pruning_after and (epoch - first_pruning_after) % prune_every == 0
+
+
+def rate_at(step, n_steps, peak):
+    """Learning rate of a step: linear warm-up, then the schedule over what is left of the run."""
+    if step < warmup_iters:
+        return peak * (step + 1) / warmup_iters
+    progress = (step - warmup_iters) / max(1, n_steps - warmup_iters)
+    shape = {'constant': 1.0, 'linear': 1 - progress, 'cosine': (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    return peak * (shape if schedule == 'constant' else min_learning_rate_ratio + (1 - min_learning_rate_ratio) * shape)
+
+
+def check_knobs(n_ranks):
+    micro = micro_batch_size or max(1, batch_size // n_ranks)
+    per_forward = micro * n_ranks
+    nearest = max(1, round(batch_size / per_forward)) * per_forward
+    from_zero = ('epochs_prelude', 'epochs', 'epochs_fine_tuning', 'max_iters', 'dropout', 'eval_blocks',
+                 'eval_interval', 'stop_epoch_at_batch', 'stop_epoch_at_batch_prelude',
+                 'stop_epoch_at_batch_fine_tuning', 'first_pruning_after', 'grad_clip',
+                 'tolerated_relative_loss_increase', 'weight_decay', 'warmup_iters', 'train_only_on_leading_tokens')
+    from_one = ('prune_every', 'steps_per_chunk', 'log_every', 'log_interval', 'keep_last')
+    require(one_of('procedure', procedure, ('vanilla', 'rl1', 'drr', 'pmmp')),
+            one_of('order', order, ('permuted', 'sequential', 'random')),
+            one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
+            one_of('schedule', schedule, ('constant', 'cosine', 'linear')),
+            at_least('alpha', alpha, 0), at_least('beta', beta, 0), at_least('initial_u_value', initial_u_value, 0),
+            (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
+            at_least('batch_size', batch_size, 1), at_least('micro_batch_size', micro_batch_size, 0),
+            (batch_size % per_forward == 0, f'batch_size = {batch_size} is not a multiple of {n_ranks} ranks x'
+             f' micro_batch_size {micro} = {per_forward}; the nearest that is: {nearest}'),
+            *(at_least(k, globals()[k], 0) for k in from_zero), *(at_least(k, globals()[k], 1) for k in from_one),
+            (learning_rate > 0, f'learning_rate = {learning_rate}, expected > 0'),
+            (prune_by != 'gamma' or procedure == 'pmmp', "prune_by = 'gamma' needs procedure = 'pmmp'"),
+            (not (online and dropout), 'online = True needs dropout = 0: the code length counts losses before updates'),
+            (not online or init_from in ('scratch', 'resume'),
+             f'online = True needs init_from = scratch, got {init_from!r}'))
+
+
+def print_plan(config, model_config, n_ranks):
+    """--check: resolved knobs, then parameters, FLOPs, steps, tokens and estimated memory by part."""
+    from bins import n_blocks, read_meta
+    from model import flops_per_token, n_parameters
+    for key, value in config.items():
+        print(f'{key} = {value!r}')
+    n, micro = n_parameters(model_config), micro_batch_size or batch_size // n_ranks
+    c, t, flops = model_config.n_embd, model_config.block_size, flops_per_token(model_config)
+    print(f'\nparameters            {n:,}\nFLOPs per token       {flops:,}\ntokens per step       {batch_size * t:,}')
+    try:
+        tokens = read_meta(data_dir, dataset)['splits']['train']['tokens']
+        tokens = min(tokens, train_only_on_leading_tokens or tokens)
+    except UserError:
+        tokens = 0
+    if tokens:
+        phases = plan_phases(n_blocks(n_blocks(tokens, t), batch_size))
+        seen = sum(p['n_steps'] for p in phases) * batch_size * t
+        for p in phases:
+            prunings = sum(prunes_after(p, step) for step in range(1, p['n_steps'] + 1))
+            print(f"{p['name']:<21} {p['n_steps']:,} steps of {p['procedure']}, {p['epoch_steps']:,} an epoch,"
+                  f' {prunings} prunings')
+        print(f'tokens                {seen:,} (at most)\ntraining FLOPs        {seen * flops:.3e}')
+        if tokens_per_second:
+            hours = seen / tokens_per_second / 3600
+            print(f'hours                 {hours:.2f} at {tokens_per_second:,.0f} tokens/s')
+        if procedure in ('pmmp', 'drr') and not alpha:
+            print(f'hint                  alpha = 0; 32·ln2/N = {32 * LN2 / tokens:.3g} makes the penalty the size of'
+                  ' 32-bit weights')
+    else:
+        print(f'steps, tokens         unknown: run prepare_… for data set {dataset!r}')
+    wide = 2 if dtype in ('bfloat16', 'float16') else 4
+    parts = dict(weights=4 * n, gradients=4 * n, optimizer=8 * n, procedure=48 * n if procedure == 'pmmp' else 0,
+                 activations=micro * t * (model_config.n_layer * 18 * c * wide + 3 * model_config.vocab_size * 4))
+    for name, size in dict(parts, total=sum(parts.values())).items():
+        print(f'memory {name:<14} {size / 2**20:,.1f} MiB per rank (estimated)')
+
+
+def main(argv=None):
+    config = configure(globals(), argv)
+    config.pop('check'), config.pop('overwrite')
+    n_ranks = int(os.environ.get('WORLD_SIZE', 1))
+    check_knobs(n_ranks)
+    import torch
+
+    import runs
+    import score
+    import sparse
+    from bins import batch_starts, key_of, n_blocks, open_bin, read_meta, split_names
+    from model import GPT, config_from_knobs, model_args, optimizer_groups
+    if check:
+        try:
+            vocab_size = read_meta(data_dir, dataset)['vocab_size']
+        except UserError:
+            vocab_size = 256
+        return print_plan(config, config_from_knobs(config, vocab_size), n_ranks)
+
+    # data, model and what they start from
+    env = runs.Env(device, dtype)
+    train_data = open_bin(data_dir, dataset, 'train', verify)
+    require((train_only_on_leading_tokens <= train_data.n_tokens,
+             f'train_only_on_leading_tokens = {train_only_on_leading_tokens:,}, but {dataset!r} has'
+             f' {train_data.n_tokens:,}; use 0 for all, or prepare more data'))
+    train_data = train_data.head(train_only_on_leading_tokens)
+    splits = split_names(data_dir, dataset)
+    require((train_data.n_tokens > 0, f'the training split of {dataset!r} is empty'),
+            ('val' in splits or not do_pruning,
+             f'{dataset!r} has no validation split, which TAMADE needs; prepare one or --no-do_pruning'))
+    val_data = open_bin(data_dir, dataset, 'val', verify) if 'val' in splits else None
+    model_config = config_from_knobs(config, train_data.vocab_size)
+    T = model_config.block_size
+    data_facts = dict(dataset=dataset, sha256=train_data.sha256, start_id=train_data.start_id,
+                      tokenizer=train_data.tokenizer)
+    resume = init_from == 'resume'
+    if env.main:
+        runs.open_run_folder(out_dir, overwrite, resume, '' if init_from in ('scratch', 'resume') else init_from)
+    env.barrier()
+    path = os.path.join(out_dir, 'ckpt.pt')
+    if resume and not os.path.exists(path):
+        resume = False
+        if env.main:
+            print(f'init_from = resume, but {path} does not exist yet: starting from scratch')
+    torch.manual_seed(seed)
+    raw_model = GPT(model_config).to(env.device)
+    parent = path if resume else init_from if init_from not in ('scratch', 'resume') else ''
+    start = runs.load_checkpoint(parent) if parent else {}
+    if start:
+        runs.load_weights(raw_model, start, parent)
+    if resume:
+        old_data, old = start['data'], start['config']
+        fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
+                 'train_only_on_leading_tokens')
+        require(*((old_data[k] == data_facts[k], f'cannot resume: {k} is {data_facts[k]!r}, the checkpoint has'
+                   f' {old_data[k]!r}; use the original one, or init_from={path} for a new run')
+                  for k in ('sha256', 'start_id')),
+                *((old[k] == config[k], f'cannot resume: {k} = {config[k]!r}, the checkpoint has {old[k]!r}')
+                  for k in fixed))
+    params = sparse.regularised(raw_model, regularise)
+    theta, all_params = list(params.values()), list(raw_model.parameters())
+    masks = {n: m.to(env.device) for n, m in start.get('masks', {}).items()}
+    named_params = dict(raw_model.named_parameters())
+    masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
+    adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
+    optimizer = adamw(optimizer_groups(raw_model, weight_decay), lr=learning_rate)
+    if resume:
+        optimizer.load_state_dict(start['optimizer'])
+    scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
+    model_step = torch.compile(raw_model) if compile and env.kind == 'cuda' else raw_model
+    if env.distributed and env.world > 1:
+        from torch.nn.parallel import DistributedDataParallel
+        model_step = DistributedDataParallel(model_step, device_ids=[env.local_rank] if env.kind == 'cuda' else None)
+
+    # the plan and the counters that a checkpoint keeps
+    n_batches = n_blocks(n_blocks(train_data.n_tokens, T), batch_size)
+    phases = plan_phases(n_batches)
+    n_steps = sum(p['n_steps'] for p in phases)
+    require((n_steps > 0, 'nothing to train: epochs_prelude, epochs, epochs_fine_tuning and max_iters are all 0'))
+    counters = dict(step=0, tokens=0, online_nats=0.0, online_tokens=0, epsilon=0.0, tolerance_spent=0.0, n_prunings=0,
+                    best_val=math.inf, final_val_loss=math.nan, final_train_loss=math.nan, train_seconds=0.0)
+    counters.update({k: start[k] for k in counters if resume})
+    micro = micro_batch_size or batch_size // env.world
+    rows_per_rank = batch_size // env.world
+    bytes_per_token = train_data.text_bytes / train_data.n_tokens
+    eval_rows = score.rows_per_forward(T)
+    record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in all_params),
+                            n_steps=n_steps, data=data_facts,
+                            parent=runs.parent_of(parent) if parent and env.main else {})
+    signals, started, last_saved, skipped = runs.StopSignals(), time.time(), time.time(), 0
+    state, peaks = {}, (learning_rate, procedure_learning_rate or learning_rate)
+    if env.main:
+        log, loss_file, loss_csv = open_logs(counters['step'])
+        if alpha and procedure in ('drr', 'pmmp') or procedure == 'pmmp':
+            say(log, f'alpha = {alpha:g}; the penalty equals a code of 32-bit weights at 32·ln2/N ='
+                     f' {32 * LN2 / train_data.n_tokens:.3g}')
+    if wandb_log and env.main:
+        import wandb
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config, dir=out_dir)
+
+    def note(line, **numbers):
+        if env.main:
+            say(log, line)
+            if wandb_log and numbers:
+                wandb.log(numbers, step=counters['step'])
+
+    def validate(phase):
+        """Validation loss; the best of the phase since its last pruning goes to best.pt."""
+        if val_data is None:
+            return math.nan
+        found = score.evaluate(raw_model, val_data, T, eval_rows, env, max_blocks=eval_blocks)
+        loss, bpb = found['loss_nats'], found['bits_per_byte']
+        note(f"val phase={phase['name']} step={counters['step']} loss={loss:.5f} bpb={bpb:.4f}",
+             val_loss=loss, val_bits_per_byte=bpb)
+        if loss < counters['best_val']:
+            counters['best_val'] = loss
+            save(phase, 'best.pt', weights_only=True)
+        return loss
+
+    def save(phase, name='ckpt.pt', weights_only=False):
+        counters['train_seconds'] += 0 if weights_only else clock()
+        checkpoint = dict(model=raw_model.state_dict(), model_args=model_args(raw_model), masks=masks, config=config,
+                          data=data_facts, parent=record.values['parent'], phase=phase['name'], **counters)
+        if not weights_only:
+            checkpoint.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                              procedure=sparse.pmmp_saved(state) if 'w' in state else {})
+        if env.main:
+            loss_file.flush()
+            runs.save_checkpoint(os.path.join(out_dir, name), checkpoint, keep_last if name == 'ckpt.pt' else 1)
+        env.barrier()
+
+    lap = [time.time()]
+
+    def clock():
+        """Seconds since the last call."""
+        before, lap[0] = lap[0], time.time()
+        return lap[0] - before
+
+    def prune(phase):
+        """Grow the masks by TAMADE (or γ < ½), reset what the optimisers remember of the dropped weights, measure."""
+        nonlocal masks, masked, mask_list
+
+        def loss_of():
+            found = score.score(raw_model, val_data, T, eval_rows, env, max_blocks=sparse.CALIBRATION_BLOCKS)
+            return found['nats'] / found['tokens']
+        if prune_by == 'gamma':
+            new, before = sparse.masks_by_gamma(dict(zip(state['names'], state['gamma']))), loss_of()
+        else:
+            counters['epsilon'], before, _, _ = sparse.tamade(loss_of, params, tolerated_relative_loss_increase)
+            new = sparse.masks_by_threshold(params, counters['epsilon'])
+        masks = sparse.merge_masks(masks, new)
+        sparse.apply_masks(named_params, masks)
+        masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
+        sparse.forget(optimizer, {named_params[n]: m for n, m in masks.items()})
+        if 'w' in state:
+            for key in ('w', 'gamma', 'u'):
+                sparse.forget(state['optimizer'], {t: masks[n] for n, t in zip(state['names'], state[key])})
+            for key in ('w', 'gamma'):
+                torch._foreach_mul_(state[key], [masks[n] for n in state['names']])
+        after = loss_of()
+        counters['tolerance_spent'] += after / before - 1
+        counters['n_prunings'] += 1
+        counters['best_val'] = math.inf
+        nonzero = sparse.count_nonzero(raw_model)
+        epsilon, sparsity = counters['epsilon'], 1 - nonzero / record.values['n_params']
+        note(f"prune by={prune_by} phase={phase['name']} step={counters['step']} epsilon={epsilon:.7f}"
+             f' loss_before={before:.5f} loss_after={after:.5f} nonzeros={nonzero} sparsity={sparsity:.4f}'
+             f" tolerance_spent={counters['tolerance_spent']:.4f}", nonzeros=nonzero, epsilon=epsilon)
+
+    # the loop
+    raw_model.train()
+    for phase in phases:
+        done = counters['step'] - phase['first_step']
+        if done >= phase['n_steps']:
+            continue
+        edit, project = sparse.PROCEDURES[phase['procedure']]
+        state = dict(alpha=alpha, beta=beta)
+        if phase['procedure'] == 'pmmp':
+            state = sparse.pmmp_state(params, alpha, initial_p_value, initial_u_value,
+                                      partial(adamw, lr=peaks[1], weight_decay=0.0),
+                                      start['procedure'] if resume and done else None)
+        if done == 0:
+            counters['best_val'] = math.inf
+        optimizers = [optimizer] + ([state['optimizer']] if 'optimizer' in state else [])
+        nonzero = sparse.count_nonzero(raw_model)
+        bar = bar_of(phase, done, env)
+        window = [time.time(), 0, 0.0]                                  # for log.txt: start, tokens, nats
+        while done < phase['n_steps']:
+            for group_owner, peak in zip(optimizers, peaks):
+                for group in group_owner.param_groups:
+                    group['lr'] = rate_at(counters['step'], n_steps, peak)
+            lr = optimizer.param_groups[0]['lr']
+            epochs_done, inside = divmod(done, phase['epoch_steps'])
+            epoch, batch = phase['first_epoch'] + epochs_done, inside // steps_per_chunk
+            first_pass = online and epoch == 0
+            starts = batch_starts('sequential' if first_pass else order, seed, epoch, batch, batch_size,
+                                  train_data.n_tokens, T)
+            n_scored = train_data.n_scored(starts, T)
+            mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
+            sums = torch.zeros(3, device=env.device)                # nats, stop?, checkpoint due?: one reduction a step
+            sums[1] = float(bool(signals.received) or bool(max_runtime) and time.time() - started > max_runtime)
+            sums[2] = float(env.main and bool(checkpoint_time) and time.time() - last_saved > checkpoint_time)
+            for i in range(0, rows_per_rank, micro):
+                x, y = train_data.gather(mine[i:i + micro], T)
+                if dropout:
+                    torch.manual_seed(key_of(seed, counters['step'], i, env.rank) >> 1)
+                if env.world > 1:
+                    model_step.require_backward_grad_sync = i + micro >= rows_per_rank
+                with env.autocast():
+                    loss = model_step(env.put(x), env.put(y))           # nats, summed over the rows
+                scaler.scale(loss * (env.world / n_scored)).backward()  # DDP averages over ranks: hence world
+                sums[0] += loss.detach()
+            scaler.unscale_(optimizer)
+            total_nats, stop, save_due = env.sum(sums).tolist()
+            loss_nats = total_nats / n_scored
+            grads = [p.grad for p in all_params]
+            grad_norm = penalised_norm = torch.nn.utils.get_total_norm(grads)
+            if edit is not sparse.no_edit:
+                if decoupled:
+                    pulls = [torch.zeros_like(p) for p in theta]
+                    edit(theta, pulls, state)
+                else:
+                    edit(theta, [p.grad for p in theta], state)
+                    penalised_norm = torch.nn.utils.get_total_norm(grads)
+            if masks:
+                torch._foreach_mul_([named_params[n].grad for n in masks], mask_list)
+            norm, penalised = float(grad_norm), float(penalised_norm)
+            if not (math.isfinite(loss_nats) and math.isfinite(penalised)):
+                skipped += 1
+                if not scaler.is_enabled() or not math.isfinite(loss_nats) or skipped == MAX_SKIPPED:
+                    record.update(status='failed', failure=f'non-finite loss {loss_nats} or gradient norm {penalised}')
+                    raise UserError(f"loss {loss_nats}, gradient norm {penalised} at step {counters['step']} of"
+                                    f" {phase['name']}: stopped before the update; try a lower --learning_rate (now"
+                                    f' {learning_rate:g}), --grad_clip=1 or --dtype=float32')
+            else:
+                skipped = 0
+            if grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(all_params, grad_clip, penalised_norm)
+            if not skipped:
+                scaler.step(optimizer)
+                if 'optimizer' in state:
+                    state['optimizer'].step()
+            scaler.update()
+            if decoupled and edit is not sparse.no_edit and not skipped:
+                sparse.pull_towards_zero(theta, pulls, lr, phase['procedure'])
+            project(state)
+            if masks:
+                torch._foreach_mul_(masked, mask_list)
+            optimizer.zero_grad(set_to_none=True)
+
+            # the step is done: count, log, prune, validate, save
+            done += 1
+            counters['step'] += 1
+            counters['tokens'] += n_scored
+            counters['final_train_loss'] = loss_nats
+            if first_pass and (counters['step'] - 1) % steps_per_chunk == 0:
+                counters['online_nats'] += loss_nats * n_scored
+                counters['online_tokens'] += n_scored
+            window[1], window[2] = window[1] + n_scored, window[2] + loss_nats * n_scored
+            step = counters['step']
+            if env.main and step % log_every == 0:
+                loss_csv.writerow((phase['name'], epoch, step, counters['tokens'], f'{loss_nats:.6f}', f'{lr:.4g}',
+                                   f'{norm:.4g}', f'{penalised:.4g}', nonzero))
+            bar.update()
+            if step % log_interval == 0 or done == phase['n_steps']:
+                speed, mean = window[1] / (time.time() - window[0]), window[2] / window[1]
+                bpb = mean / LN2 / bytes_per_token
+                bar.set_postfix_str(f'{bpb:.3f} bits/byte, {speed:,.0f} tokens/s')
+                note(f"train phase={phase['name']} epoch={epoch} step={step} loss={mean:.5f} bpb={bpb:.4f} lr={lr:.3g}"
+                     f' grad_norm={norm:.3g} nonzeros={nonzero} tokens_per_second={speed:.0f}', train_loss=mean,
+                     train_bits_per_byte=bpb, lr=lr, grad_norm=norm, grad_norm_penalised=penalised)
+                record.update(step=step, train_loss=mean, phase=phase['name'], tokens_per_second=round(speed))
+                window = [time.time(), 0, 0.0]
+            paused_at = time.time()
+            if prunes_after(phase, done):
+                prune(phase)
+                nonzero = sparse.count_nonzero(raw_model)
+            if done == phase['n_steps'] or eval_interval and step % eval_interval == 0:
+                counters['final_val_loss'] = validate(phase)
+            window[0] += time.time() - paused_at                        # tokens/s is of training alone
+            if stop and step < n_steps:
+                save(phase)
+                bar.close()
+                note(f"paused step={step} reason={signals.received or 'max_runtime'}; continue with --init_from=resume")
+                record.update(status='paused', step=step)
+                env.close()
+                return runs.PAUSED
+            if save_due:
+                save(phase)
+                last_saved = time.time()
+        bar.close()
+
+    # the end: the checkpoint, then every number from sums over whole splits
+    save(phases[-1])
+    sizes = sparse.model_sizes(raw_model)
+    totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
+                  epsilon=counters['epsilon'], model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],
+                  sparsity=1 - sizes['nonzeros'] / sizes['n_params'], bits_est_bytes=sizes['bits_est_bytes'],
+                  training_runtime=round(counters['train_seconds'], 1), tokens_seen=counters['tokens'],
+                  tolerance_spent=counters['tolerance_spent'], n_prunings=counters['n_prunings'],
+                  online_description_length_bytes=round(counters['online_nats'] / LN2 / 8)
+                  if counters['online_tokens'] == train_data.n_tokens else None)
+    if final_train_blocks:
+        found = score.evaluate(raw_model, train_data, T, eval_rows, env, max_blocks=max(final_train_blocks, 0),
+                               progress='train split')
+        data_bytes = round(found['data_bytes'])
+        totals.update(mean_train_loss=found['loss_nats'], train_bits_per_byte=found['bits_per_byte'],
+                      train_data_bytes=data_bytes, description_length_nnz4_bytes=data_bytes + sizes['nnz4_bytes'],
+                      description_length_bits_est_bytes=data_bytes + sizes['bits_est_bytes'])
+    if 'test' in splits:
+        test_data = open_bin(data_dir, dataset, 'test', verify)
+        found = score.evaluate(raw_model, test_data, T, eval_rows, env, progress='test split')
+        totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
+                      test_accuracy=found['accuracy'])
+    note('done ' + ' '.join(f'{k}={v:.5g}' if isinstance(v, float) else f'{k}={v}' for k, v in totals.items()),
+         **{k: v for k, v in totals.items() if v})
+    record.update(status='done', **totals)
+    env.barrier()
+    env.close()
+    return 0
+
+
+def bar_of(phase, done, env):
+    from tqdm import tqdm
+    return tqdm(total=phase['n_steps'], initial=done, desc=f"{phase['name']} ({phase['procedure']})", unit='step',
+                disable=not env.main, mininterval=1.0, dynamic_ncols=True)
+
+
+def open_logs(step):
+    """Open log.txt and train_loss.csv, cut back to the given step, so that a resumed run has no gap and no repeat."""
+    log_path, csv_path = os.path.join(out_dir, 'log.txt'), os.path.join(out_dir, 'train_loss.csv')
+    rows = []
+    if step and os.path.exists(csv_path):
+        with open(csv_path, newline='', encoding='utf-8') as f:
+            rows = [r for r in list(csv.reader(f))[1:] if len(r) == len(CSV_COLUMNS) and int(r[2]) <= step]
+    loss_file = open(csv_path, 'w', newline='', encoding='utf-8')
+    loss_csv = csv.writer(loss_file)
+    loss_csv.writerow(CSV_COLUMNS)
+    loss_csv.writerows(rows)
+    return open(log_path, 'a' if step else 'w', buffering=1, encoding='utf-8'), loss_file, loss_csv
+
+
+def say(log, line):
+    """One line for log.txt and, above the progress bar, for the screen."""
+    from tqdm import tqdm
+    log.write(f'{time.strftime("%H:%M:%S")} {line}\n')
+    tqdm.write(line, file=sys.stdout)
+
+
+if __name__ == '__main__':
+    run(main)
