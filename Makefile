@@ -1,0 +1,37 @@
+# make demo · make test · make bench: each makes .venv and installs what it needs. PYTHON=python3.12 picks another Python.
+PYTHON ?= python3
+PY := .venv/bin/python
+DEMO := out/sample_pmmp
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+.venv/run: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) found, Python 3.11 or newer expected; make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: .venv/run
+	$(PY) prepare_sample.py
+	$(PY) train.py config/sample_pmmp.py --overwrite
+	$(PY) eval.py --from_ckpt=$(DEMO) --dataset=sample --split=test --baselines=True --overwrite
+	$(PY) plots.py $(DEMO) --plot_dir=out/plots
+	$(PY) runs.py
+
+test: .venv/dev
+	.venv/bin/python -m pytest tests
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+
+bench: .venv/run
+	$(PY) bench.py procedures
+	$(PY) bench.py plain
+
+clean:
+	rm -rf .venv out data/sample runs.csv

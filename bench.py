@@ -1,0 +1,211 @@
+"""Measure speed as ratios to a named baseline, in one process, in interleaved pairs; prints one table per area.
+
+    python bench.py procedures              a step of rl1, drr, pmmp against vanilla (transformer800k, batch 8 x 256)
+    python bench.py plain                   our step against a plain nanoGPT-style loop (transformer4.1m, T 256, 2048)
+    python bench.py step CONFIG.py          step time, tokens/s and peak memory of a training config
+
+Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
+interquartile range of the per-round ratio. Writes --json_path (area -> rows), from which README's numbers are taken.
+"""
+import json
+import os
+import statistics
+import time
+
+from configurator import at_least, configure, knobs_of, require, run, run_config_file
+
+# -----------------------------------------------------------------------------
+pairs = 20                      # interleaved rounds
+threads = 0                     # torch CPU threads; 0 = torch's default
+device = 'auto'
+dtype = 'auto'
+json_path = 'bench.json'        # '' = print only
+# -----------------------------------------------------------------------------
+
+VERBS = dict(procedures=0, plain=0, step=1)
+
+
+def interleave(candidates, rounds, env, warmup=2):
+    """Time {name: step function} in interleaved rounds; return {name: [seconds]}."""
+    names, seconds = list(candidates), {n: [] for n in candidates}
+    for r in range(-warmup, rounds):
+        for name in names[r % len(names):] + names[:r % len(names)]:
+            started = time.perf_counter()
+            candidates[name]()
+            if env.kind == 'cuda':
+                env.torch.cuda.synchronize()
+            if r >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio_rows(seconds, baseline, tokens, label):
+    """Rows with medians and the per-round ratio to the baseline with its quartiles."""
+    rows = []
+    for name, times in seconds.items():
+        ratios = sorted(t / b for t, b in zip(times, seconds[baseline], strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4)
+        median = statistics.median(times)
+        rows.append(dict(setting=label, candidate=name, milliseconds=median * 1e3,
+                         tokens_per_second=round(tokens / median), ratio=statistics.median(ratios),
+                         quartiles=f'{low:.3f}-{high:.3f}', baseline=baseline))
+    return rows
+
+
+def training_step(config, env, procedure, rows, seed=0):
+    """Return a closure that takes one training step as train.py does: forward, backward, edit, norms, AdamW."""
+    import torch
+
+    import sparse
+    from model import GPT, optimizer_groups
+    torch.manual_seed(seed)
+    model = GPT(config).to(env.device)
+    model_step = torch.compile(model) if env.kind == 'cuda' else model
+    optimizer = torch.optim.AdamW(optimizer_groups(model, 0.0), lr=1e-4, fused=True)
+    params = sparse.regularised(model, 'matrices')
+    theta, all_params = list(params.values()), list(model.parameters())
+    edit, project = sparse.PROCEDURES[procedure]
+    state = dict(alpha=1e-7, beta=5.0)
+    if procedure == 'pmmp':
+        state = sparse.pmmp_state(params, 1e-7, 1.0, 0.0, lambda tensors: torch.optim.AdamW(
+            tensors, lr=1e-4, weight_decay=0.0, fused=True))
+    x = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device)
+
+    def step():
+        with env.autocast():
+            loss = model_step(x[:, :-1], x[:, 1:])
+        (loss / (rows * config.block_size)).backward()
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in all_params])]
+        if edit is not sparse.no_edit:
+            edit(theta, [p.grad for p in theta], state)
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in all_params]))
+        optimizer.step()
+        if 'optimizer' in state:
+            state['optimizer'].step()
+        project(state)
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss), [float(n) for n in norms]
+    return step
+
+
+def plain_step(config, env, rows, seed=0):
+    """The baseline: a nanoGPT-style block and loop written out (LayerNorm, SDPA, GELU MLP, fused AdamW, no dropout)."""
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+
+    class PlainBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            c = config.n_embd
+            self.ln_1, self.ln_2 = nn.LayerNorm(c), nn.LayerNorm(c)
+            self.c_attn, self.c_proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
+            self.c_fc, self.c_out = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
+
+        def forward(self, x):
+            B, T, C = x.size()
+            q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
+            q, k, v = (t.view(B, T, config.n_head, C // config.n_head).transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+            return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
+
+    torch.manual_seed(seed)
+    c, vocabulary = config.n_embd, config.vocab_size
+    net = nn.ModuleDict(dict(wte=nn.Embedding(vocabulary, c), wpe=nn.Embedding(config.block_size, c),
+                             h=nn.ModuleList(PlainBlock() for _ in range(config.n_layer)), ln_f=nn.LayerNorm(c),
+                             lm_head=nn.Linear(c, vocabulary, bias=False))).to(env.device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    x = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device)
+    position = torch.arange(config.block_size, device=env.device)
+
+    def step():
+        h = net.wte(x[:, :-1]) + net.wpe(position)
+        for block in net.h:
+            h = block(h)
+        logits = net.lm_head(net.ln_f(h))
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), x[:, 1:].reshape(-1), ignore_index=-1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def size_config(name, block_size):
+    from model import SIZES, ModelConfig
+    return ModelConfig(**dict(SIZES[name], block_size=block_size))
+
+
+def bench_procedures(env):
+    config, rows = size_config('transformer800k', 256), 8
+    steps = {p: training_step(config, env, p, rows) for p in ('vanilla', 'rl1', 'drr', 'pmmp')}
+    return ratio_rows(interleave(steps, pairs, env), 'vanilla', rows * 256, 'transformer800k, batch 8 x 256')
+
+
+def bench_plain(env):
+    found = []
+    for block_size in (256, 2048):
+        config = size_config('transformer4.1m', block_size)
+        steps = dict(plain=plain_step(config, env, 1), nanomdl=training_step(config, env, 'vanilla', 1))
+        label = f'transformer4.1m, batch 1 x {block_size}'
+        found += ratio_rows(interleave(steps, pairs, env), 'plain', block_size, label)
+    return found
+
+
+def bench_step(env, path):
+    """Time a training config's own step on one process, and the peak memory it takes."""
+    import torch
+
+    import runs
+    from model import config_from_knobs
+    defaults, _ = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'))
+    knobs = run_config_file(path, dict(defaults), defaults)
+    config = config_from_knobs(knobs, 256)
+    rows = knobs['micro_batch_size'] or knobs['batch_size']
+    before = runs.rss_anon_bytes()
+    step, peak, times = training_step(config, env, knobs['procedure'], rows), 0, []
+    for _ in range(pairs + 2):
+        started = time.perf_counter()
+        step()
+        if env.kind == 'cuda':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+        peak = max(peak, runs.rss_anon_bytes() - before)
+    if env.kind == 'cuda':
+        peak = torch.cuda.max_memory_allocated()
+    median = statistics.median(times[2:])
+    return [dict(config=os.path.basename(path), procedure=knobs['procedure'], rows=rows, block_size=config.block_size,
+                 milliseconds=median * 1e3, tokens_per_second=round(rows * config.block_size / median),
+                 memory_mib=peak / 2**20)]
+
+
+def main(argv=None):
+    verb, paths, config = configure(globals(), argv, verbs=VERBS)
+    require(at_least('pairs', pairs, 2), at_least('threads', threads, 0))
+    import torch
+
+    import runs
+    if threads:
+        torch.set_num_threads(threads)
+    env = runs.Env(device, dtype)
+    if verb == 'step':
+        rows = bench_step(env, *paths)
+    else:
+        rows = {'procedures': bench_procedures, 'plain': bench_plain}[verb](env)
+    print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
+          f' medians of {pairs} rounds')
+    print(runs.markdown(rows, tuple(rows[0])))
+    if json_path:
+        table = {}
+        if os.path.exists(json_path):
+            with open(json_path, encoding='utf-8') as f:
+                table = json.load(f)
+        table[verb] = dict(hardware=runs.hardware(env), commit=runs.commit_id(), rounds=pairs, rows=rows)
+        with open(json_path, 'w', encoding='utf-8') as f:
+            json.dump(table, f, indent=1)
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)
