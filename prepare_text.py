@@ -1,0 +1,420 @@
+r"""Make data/NAME from your own text: files, or a Hugging Face data set; bytes, or the ids of a byte-level BPE.
+
+    python prepare_text.py --name=mine --source='texts/*.txt'                     a text file is one document, unchanged
+    python prepare_text.py --name=mine --source=posts.jsonl.zst --tokenizer=gpt2  a jsonl line is one document
+    python prepare_text.py --name=wiki1mb --source=FILE --max_bytes=1000000 --val_source=OTHER    the leading bytes
+    python prepare_text.py --name=fineweb --source=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --max_bytes=1e9
+
+Files: anything is text, taken as it is; .jsonl, .parquet: column text_field; each also as .gz, .bz2, .xz, .zst.
+Validation and test: val_source and test_source; else the splits the hub set brings; else documents of the source chosen
+by the hash of their content, so that a text that occurs twice never stands on both sides. A single document gives up
+its tail, or nothing where val_source is given. Memory is constant, but for a hash per validation and test document.
+"""
+import codecs
+import functools
+import hashlib
+import itertools
+import math
+import os
+import re
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from bins import (
+    BinWriter,
+    chunks_of,
+    file_kind,
+    finish,
+    hub_splits,
+    hub_texts,
+    local_files,
+    may_write,
+    records_of,
+    sha256_file,
+    text_bytes_of,
+)
+from configurator import UserError, at_least, configure, require, run
+
+name = ''                       # data set to make, data/NAME
+source = ''                     # file, glob (quoted; ** descends), hub id, or local folder in hub layout
+tokenizer = 'byte'              # byte, gpt2, or PATH of a tokenizer.json (or its folder) that holds a byte-level BPE
+data_dir = 'data'
+hub_config = ''                 # configuration of a hub data set, where it has several
+text_field = 'text'             # column of a hub data set, key of a jsonl object
+val_source = ''                 # like source; '' takes the source's own split, or cuts one
+test_source = ''
+val_fraction = 0.01             # of the documents (bytes of a single document); 0: none
+test_fraction = 0.01            # cut only where val is cut too
+max_bytes = 0                   # leading bytes of the source to use; 0: all. val_source and test_source are taken whole
+document_separator = r'\n\n\n'  # between documents at byte level; BPE has end-of-text there
+end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
+seed = 0                        # another seed cuts other documents
+num_proc = 0                    # tokenising threads; 0: one per core
+overwrite = False               # replace a finished data set of this name that another command made
+
+SCRIPT = 'prepare_text.py'
+SPLIT_NAMES = dict(train='train', val='val', valid='val', validation='val', dev='val', test='test')
+FEW = 1000                      # documents up to which a cut is exact by rank; beyond, the fraction of a hash's range
+PIECE = 1 << 16                 # characters tokenised at once; a longer document is cut where the result stays the same
+BATCH = 1 << 20                 # characters handed to the tokenizer's threads together
+CUT = re.compile('[A-Za-z](?= )')
+PROBE = "It's 1984,\n\n  naïve  \t日本 🙂's\r\n end 12345 "
+
+
+# --- documents: (label, read), where read() yields the document's bytes in chunks, as often as it is called ---
+
+def file_documents(paths):
+    for path in paths:
+        kind = file_kind(path)
+        if kind in ('.jsonl', '.ndjson'):
+            for line, record in records_of(path):
+                if text_field not in record:
+                    raise UserError(f'{path}:{line} has no key {text_field!r}, it has {", ".join(record)[:200]};'
+                                    ' name one with --text_field')
+                yield from in_memory(record[text_field], f'{path}:{line}')
+        elif kind == '.parquet':
+            for number, text in enumerate(parquet_texts(path)):
+                yield from in_memory(text, f'{path} row {number}')
+        elif next(chunks_of(path), b''):
+            yield path, functools.partial(chunks_of, path)
+
+
+def parquet_texts(path):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        with pyarrow.parquet.ParquetFile(path) as f:
+            require((text_field in f.schema_arrow.names, f'{path} has no column {text_field!r}, it has'
+                     f' {", ".join(f.schema_arrow.names)}; name one with --text_field'))
+            for batch in f.iter_batches(256, columns=[text_field]):
+                yield from batch[text_field].to_pylist()
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f'{path} cannot be read to its end ({e}); fetch the file again') from None
+
+
+def in_memory(text, label):
+    """Yield a text as a document; an empty one is none."""
+    if data := text_bytes_of(text, label):
+        yield label, lambda: iter((data,))
+
+
+def hub_documents(dataset, label):
+    for number, text in enumerate(hub_texts(dataset, text_field)):
+        yield from in_memory(text, f'{label} row {number}')
+
+
+def open_source(source):
+    """Return {split: function that gives its documents anew}; files are one split, train."""
+    source = os.path.expanduser(source)
+    if files := local_files(source):
+        return dict(train=functools.partial(file_documents, files))
+    if re.search(r'[*?\[]|\.(txt|jsonl|json|bin|parquet|gz|zst|xz|bz2)$', source) or source.startswith(('/', '.')):
+        require((os.path.isdir(source), f'no file matches {source!r}, expected a file, a quoted glob such as'
+                 " 'texts/**/*.txt', or the id of a hub data set"))
+    splits = hub_splits(source, hub_config)
+    found = {SPLIT_NAMES[s]: s for s in splits if s in SPLIT_NAMES} or {'train': next(iter(splits))}
+    return {ours: functools.partial(hub_documents, splits[name], f'{source} {name}') for ours, name in found.items()}
+
+
+def part(read, start, stop):
+    """Yield bytes [start, stop) of a document (stop may be inf)."""
+    position = 0
+    for chunk in read():
+        if position >= stop:
+            return
+        if position + len(chunk) > start:
+            yield chunk[max(0, start - position):min(len(chunk), stop - position)]
+        position += len(chunk)
+
+
+def size_of(read, enough=math.inf):
+    """Count the bytes of a document, up to enough of them."""
+    return sum(map(len, part(read, 0, enough)))
+
+
+def before_character(read, position):
+    """Return the last place at or before position where a UTF-8 character starts."""
+    tail = b''.join(part(read, max(0, position - 3), position + 1))
+    back = next((i for i, byte in enumerate(reversed(tail)) if byte & 0xC0 != 0x80), 0)
+    return position - back if size_of(read, position + 1) > position else position
+
+
+def leading(documents, n_bytes, separator, whole_characters):
+    """Yield the documents that fill the leading n_bytes of the joined text; the last one is cut."""
+    left = n_bytes
+    for label, read in documents:
+        size = size_of(read, left)
+        stop = before_character(read, size) if whole_characters else size
+        if stop > 0:
+            yield label, functools.partial(part, read, 0, stop)
+        left -= size + len(separator)
+        if left <= 0:
+            return
+
+
+def hash_of(read):
+    """Return 64 bits of a document's content, keyed by the seed."""
+    digest = hashlib.blake2b(digest_size=8, key=str(seed).encode())
+    for chunk in read():
+        digest.update(chunk)
+    return int.from_bytes(digest.digest(), 'big')
+
+
+# --- tokenizers: encode(list of str) → list of id arrays; byte_lengths[id] sums to the bytes of the text ---
+
+def load_tokenizer():
+    """Return the tokenizer of the knob, None for bytes; on PROBE it must be lossless and cut where pieces_of cuts."""
+    if tokenizer == 'byte':
+        return None
+    tok = gpt2_tokenizer() if tokenizer == 'gpt2' else json_tokenizer(tokenizer)
+    whole, *halves = tok.encode([PROBE, PROBE[:-7], PROBE[-7:]])
+    lossless = tok.decode(whole) == PROBE and sum(tok.byte_lengths[i] for i in whole) == len(PROBE.encode())
+    additive = np.array_equal(whole, np.concatenate(halves))
+    require((lossless, f'tokenizer {tokenizer!r} does not give back the bytes of its text, expected a byte-level BPE'
+             ' without normaliser or prefix space, such as gpt2'),
+            (additive or not lossless, f'tokenizer {tokenizer!r} joins a word and the space after it,'
+             ' expected one that splits there, such as gpt2'))
+    return tok
+
+
+def gpt2_tokenizer():
+    import tiktoken
+    try:
+        enc = tiktoken.get_encoding('gpt2')
+    except (OSError, ValueError) as e:
+        raise UserError(f"GPT-2's vocabulary is not here and could not be fetched ({type(e).__name__}); run once with"
+                        ' network, or set TIKTOKEN_CACHE_DIR to such a folder of a machine that has it') from None
+    pool = ThreadPoolExecutor(n_threads())
+    pieces = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)]
+    digest = hashlib.sha256(b''.join(len(p).to_bytes(2, 'little') + p for p in pieces)).hexdigest()
+    return types.SimpleNamespace(
+        name='gpt2', sha256=digest, file='', end=enc.eot_token, decode=enc.decode,
+        byte_lengths=np.array([0 if i == enc.eot_token else len(p) for i, p in enumerate(pieces)]),
+        encode=lambda texts: list(pool.map(lambda t: np.array(enc.encode_ordinary(t), np.uint32), texts)))
+
+
+def json_tokenizer(path):
+    file = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
+    require((os.path.isfile(file), f'tokenizer = {path!r}, expected byte, gpt2, or the path of a tokenizer.json'))
+    import tokenizers
+    try:
+        tok = tokenizers.Tokenizer.from_file(file)
+    except Exception as e:                                              # the library raises Exception itself
+        raise UserError(f'{file} is not a tokenizer.json of the tokenizers library ({e})') from None
+    tok.encode_special_tokens = True                                    # "<|endoftext|>" in a text is text
+    end = tok.token_to_id(end_of_text)
+    require((end is not None, f'{file} has no token {end_of_text!r} to stand between documents;'
+             ' name its own with --end_of_text'))
+    special = {i for i, token in tok.get_added_tokens_decoder().items() if token.special}
+    n_ids = 1 + max(tok.get_vocab().values())
+    # a byte-level BPE spells a piece with one character per byte
+    lengths = np.array([0 if i in special else len(tok.id_to_token(i) or '') for i in range(n_ids)])
+    return types.SimpleNamespace(
+        name=os.path.basename(os.path.abspath(path)), sha256=sha256_file(file), file=file,
+        end=end, byte_lengths=lengths,
+        decode=lambda ids: tok.decode(list(ids), skip_special_tokens=False),
+        encode=lambda texts: [np.array(e.ids) for e in tok.encode_batch_fast(texts, add_special_tokens=False)])
+
+
+def n_threads():
+    return num_proc or os.cpu_count() or 1
+
+
+def pieces_of(chunks, label):
+    """Decode a document and yield it in pieces of about PIECE characters, whose tokens join to those of the whole.
+
+    Cut before a space that follows a letter: byte-level BPE's patterns end a word there whatever follows (checked on
+    PROBE). Text without such a place for 16 PIECEs is cut anywhere: still lossless, at most a token longer.
+    """
+    decoder, text, position = codecs.getincrementaldecoder('utf-8')(), '', 0
+    try:
+        for chunk in itertools.chain(chunks, (b'',)):
+            text, start, position = text + decoder.decode(chunk, final=not chunk), 0, position + len(chunk)
+            while (match := CUT.search(text, start + PIECE)) or len(text) - start > 16 * PIECE:
+                cut = match.end() if match else start + 16 * PIECE
+                yield text[start:cut]
+                start = cut
+            text = text[start:]
+    except UnicodeDecodeError as e:
+        raise UserError(f'{label} is not UTF-8 (byte 0x{e.object[e.start]:02x} near byte {position + e.start:,}),'
+                        f' expected UTF-8 for tokenizer={tokenizer!r}; convert it, or use --tokenizer=byte') from None
+    if text:
+        yield text
+
+
+# --- splits being written ---
+
+def separator_bytes():
+    return re.sub(r'\\([ntr])', lambda m: dict(n='\n', t='\t', r='\r')[m[1]], document_separator).encode()
+
+
+class Splits:
+    """Documents go in, BinWriters fill; at byte level with the separator between documents, in BPE with end-of-text."""
+
+    def __init__(self, folder, tok):
+        self.folder, self.tok, self.writers, self.waiting, self.n_waiting = folder, tok, {}, [], 0
+        self.existed, self.separator = os.path.isdir(folder), separator_bytes()
+        self.dtype = 'uint8' if tok is None else 'uint16' if len(tok.byte_lengths) <= 1 << 16 else 'uint32'
+        self.bar = tqdm(unit='B', unit_scale=True, desc=name, disable=None)
+
+    def add(self, split, label, chunks):
+        """Append one document to a split."""
+        if split not in self.writers:
+            self.writers[split] = BinWriter(self.folder, split, self.dtype)
+        writer = self.writers[split]
+        first, writer.documents = writer.documents == 0, writer.documents + 1
+        if self.tok is None:
+            writer.write(b'' if first else self.separator, documents=0)
+            for chunk in chunks:
+                writer.write(chunk, documents=0)
+                self.bar.update(len(chunk))
+            return
+        for i, piece in enumerate(pieces_of(chunks, label)):
+            self.waiting.append((writer, piece, i == 0 and not first))
+            self.n_waiting += len(piece) + 64                           # a document of no length costs something too
+            if self.n_waiting > BATCH:
+                self.flush()
+
+    def flush(self):
+        """Tokenise what waits and write it, in order."""
+        waiting, self.waiting, self.n_waiting = self.waiting, [], 0
+        for (writer, piece, ends), ids in zip(waiting, self.tok.encode([w[1] for w in waiting]) if waiting else []):
+            if ends:                                # the document before; ahead of the first stands the start id
+                writer.write([self.tok.end], text_bytes=0, documents=0)
+            n_bytes = len(piece.encode())
+            writer.write(ids, text_bytes=n_bytes, documents=0)
+            self.bar.update(n_bytes)
+
+    def finish_text(self):
+        self.flush()
+        self.bar.close()
+
+    def meta(self):
+        """Return what meta.json says of the tokenizer, and the files that stand beside it."""
+        if self.tok is None:
+            return {}
+        tok, extras = self.tok, {'token_bytes.bin': self.tok.byte_lengths.astype('<u2').tobytes()}      # one per id
+        if tok.file:
+            extras['tokenizer.json'] = b''.join(chunks_of(tok.file))
+        return dict(dtype=self.dtype, vocab_size=len(tok.byte_lengths), start_id=tok.end, extras=extras, tokenizer=dict(
+            name=tok.name, sha256=tok.sha256, file='tokenizer.json' if tok.file else '', token_bytes='token_bytes.bin'))
+
+    def abort(self):
+        """Leave nothing behind."""
+        self.bar.close()
+        for writer in self.writers.values():
+            writer.abort()
+        if not self.existed and os.path.isdir(self.folder) and not os.listdir(self.folder):
+            os.rmdir(self.folder)
+
+
+def thresholds(documents, val_share, test_share):
+    """Return (test below, val below) on document hashes: exact by rank for up to FEW documents, else by range."""
+    if not val_share:
+        return 0, 0
+    hashes = [hash_of(read) for _, read in itertools.islice(documents, FEW + 1)]
+    if len(hashes) > FEW:
+        return int(test_share * 2 ** 64), int((test_share + val_share) * 2 ** 64)
+    ranked = sorted(set(hashes)) + [2 ** 64]
+    n_val, n = math.ceil(val_share * (len(ranked) - 1)), len(ranked) - 1
+    n_test = max(0, min(math.ceil(test_share * n), n - n_val - 1))
+    return ranked[n_test], ranked[n_test + n_val]
+
+
+def tail_cut(label, read, val_share, test_share):
+    """Yield (split, label, read) of one document: its head trains, contiguous tails of whole characters do not."""
+    size = size_of(read)
+    n_val, n_test = math.ceil(size * val_share), math.ceil(size * test_share)
+    ends = [before_character(read, max(0, end)) for end in (size - n_val - n_test, size - n_test)] + [size]
+    for split, start, stop in zip(('train', 'val', 'test'), [0] + ends, ends):
+        if stop > start:
+            yield split, f'{label} from byte {start:,}', functools.partial(part, read, start, stop)
+
+
+def main(argv=None):
+    configure(globals(), argv)
+    require((name != '', 'name is empty; name the data set, --name=mine makes data/mine'),
+            (source != '', "source is empty; give files, --source='texts/*.txt', or the id of a hub data set"),
+            at_least('max_bytes', max_bytes, 0), at_least('num_proc', num_proc, 0),
+            (min(val_fraction, test_fraction) >= 0 and val_fraction + test_fraction < 1,
+             f'val_fraction = {val_fraction}, test_fraction = {test_fraction}, expected both >= 0 and a sum below 1'))
+    folder = os.path.join(data_dir, name)
+    recorded_argv = may_write(folder, SCRIPT, argv, overwrite)
+    tok, given, how = load_tokenizer(), open_source(source), {}
+    require(('train' in given, f'{source!r} has no split train, only {", ".join(given)}; expected one to train on'))
+    for split, where in (('val', val_source), ('test', test_source)):
+        if where:
+            clash = set(map(os.path.realpath, local_files(source))) & set(map(os.path.realpath, local_files(where)))
+            require((not clash, f'{split}_source and source share {", ".join(sorted(clash)[:3])}, expected other text;'
+                     f' leave {split}_source out to have documents of the source set aside'))
+            other = open_source(where)
+            given[split] = other.get(split) or next(iter(other.values()))
+        if split in given:
+            how[split] = where or 'own split'
+    documents = given['train']
+    if max_bytes:
+        documents = lambda: leading(given['train'](), max_bytes, separator_bytes(), tok is not None)        # noqa: E731
+    first_two = list(itertools.islice(documents(), 2))
+    require((first_two, f'source {source!r} holds no text, expected at least one byte of it; nothing was written'))
+    val_share = 0 if 'val' in given else val_fraction
+    test_share = test_fraction if val_share and 'test' not in given else 0
+    for split, share in (('val', val_share), ('test', test_share)):
+        if share:
+            single = len(first_two) == 1
+            how[split] = 'tail of the only document' if single else f'documents of the source by hash, seed {seed}'
+
+    if len(first_two) == 1 and val_share:
+        routed = tail_cut(*first_two[0], val_share, test_share)
+    else:
+        routed = by_hash(documents, thresholds(documents(), val_share, test_share))
+    out = Splits(folder, tok)
+    try:
+        held_out, own, n_repeated, digest = set(), [s for s in how if how[s] == 'own split'], 0, hashlib.sha256()
+        for split in [s for s in ('val', 'test') if s in given]:
+            for label, read in given[split]():
+                out.add(split, label, read())
+                held_out.add(hash_of(read))
+        for split, label, read in routed:
+            if held_out and hash_of(read) in held_out:
+                n_repeated += 1
+                if not own:
+                    continue
+            out.add(split, label, hashed(read(), digest))
+        out.finish_text()
+        if test_share and 'test' not in out.writers:
+            how.pop('test')                                             # too few documents for three splits
+        for split in ('train', *how):
+            if not out.writers.get(split) or not out.writers[split].n_bytes:
+                raise UserError(f'{split} would be empty ({how.get(split, source)}; {n_repeated:,} documents of the'
+                                ' source stand in val or test too), expected some text; give more documents, a larger'
+                                ' --val_fraction, or other text for --val_source')
+        for split, where in how.items():
+            print(f'{split}: {where}')
+        if n_repeated:
+            print(f'{n_repeated:,} documents of train stand in val or test too: '
+                  + ('kept, as these are the own splits of the set' if own else 'left out of train'))
+        origin = dict(source=source, config=hub_config, sha256=digest.hexdigest(), splits=how,
+                      repeated_documents=n_repeated)
+        finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta())
+    except BaseException:
+        out.abort()
+        raise
+
+
+def by_hash(documents, limits):
+    for label, read in documents():
+        h = hash_of(read) if limits[1] else 0
+        yield 'test' if h < limits[0] else 'val' if h < limits[1] else 'train', label, read
+
+
+def hashed(chunks, digest):
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+if __name__ == '__main__':
+    run(main)
