@@ -84,7 +84,7 @@ def training_step(config, env, procedure, rows, seed=0):
             state['optimizer'].step()
         project(state)
         optimizer.zero_grad(set_to_none=True)
-        return float(loss), [float(n) for n in norms]
+        return float(loss.detach()), [float(n) for n in norms]
     return step
 
 
