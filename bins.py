@@ -67,7 +67,11 @@ class BinWriter:
         is_text = isinstance(tokens, (bytes, bytearray, memoryview))
         if text_bytes is None and self.dtype.itemsize > 1:
             raise TypeError('ids of more than one byte need text_bytes')
-        raw = bytes(tokens) if is_text else np.asarray(tokens).astype(self.dtype).tobytes()
+        ids = np.zeros(0) if is_text else np.asarray(tokens)
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= np.iinfo(self.dtype).max:
+            raise UserError(f'{self.path}: ids {ids.min()} to {ids.max()} do not fit {self.dtype.name};'
+                            ' use a wider dtype')
+        raw = bytes(tokens) if is_text else ids.astype(self.dtype).tobytes()
         self.file.write(raw)
         self.sha.update(raw)
         self.n_bytes += len(raw)
@@ -133,8 +137,9 @@ def read_meta(data_dir, dataset):
             meta = json.load(f)
     except ValueError as e:
         raise UserError(f'{path} is not valid JSON ({e}); prepare the data set again') from None
-    if meta.get('format') != FORMAT:
-        raise UserError(f'{path} has format {meta.get("format")!r}, this version reads {FORMAT!r};'
+    found = meta.get('format') if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise UserError(f'{path} has format {found!r}, this version reads {FORMAT!r};'
                         ' prepare the data set again')
     return meta
 

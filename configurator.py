@@ -87,6 +87,8 @@ def run_config_file(path, values, defaults):
         raise UserError(f'config file {path!r} does not exist; shipped ones are in config/') from None
     except SyntaxError as e:
         raise UserError(f'{path}:{e.lineno}: not valid Python: {e.msg}') from None
+    except ValueError as e:                     # not UTF-8, or a null byte
+        raise UserError(f'{path} is not a text file: {e}') from None
     space = dict(values, __file__=path)
     try:
         exec(code, space)
@@ -169,7 +171,7 @@ def one_of(name, value, choices):
 
 def at_least(name, value, low):
     """Rule for require: value >= low (nan fails)."""
-    return value >= low, f'{name} = {value!r}, expected at least {low}'
+    return low <= value < float('inf'), f'{name} = {value!r}, expected at least {low}'
 
 
 def run(main):

@@ -147,7 +147,7 @@ def load_checkpoint(path, device='cpu'):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
-        raise UserError(f'{path} is cut short or not a checkpoint ({str(e).splitlines()[0][:90]});'
+        raise UserError(f'{path} is cut short or not a checkpoint ({(str(e) or repr(e)).splitlines()[0][:90]});'
                         ' use an older one or train again') from None
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT:

@@ -269,7 +269,12 @@ def sweep_dead_units(model, masks):
 
 @torch.no_grad()
 def drop_unused_rows(model, used):
-    """Zero embedding rows of ids that never occur; used is a bool tensor (V,). Returns the number of weights zeroed."""
+    """Zero embedding rows of ids that never occur; used is a bool tensor (V,). Returns the number of weights zeroed.
+
+    With a tied head none: there the row also makes the logits of its id.
+    """
+    if model.config.tied:
+        return 0
     before = int(torch.count_nonzero(model.embed.weight))
     model.embed.weight.mul_(used[:, None].to(model.embed.weight.device))
     return before - int(torch.count_nonzero(model.embed.weight))

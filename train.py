@@ -9,8 +9,10 @@ Procedures edit gradients after backward and project after the step (Barth & von
 Clipping comes after the edit, Adam normalises both, as upstream: an alpha belongs to its optimiser and learning rate.
 """
 import csv
+import itertools
 import math
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -160,6 +162,8 @@ def check_knobs(n_ranks):
             (batch_size % per_forward == 0, f'batch_size = {batch_size} is not a multiple of {n_ranks} ranks x'
              f' micro_batch_size {micro} = {per_forward}; the nearest that is: {nearest}'),
             *(at_least(k, globals()[k], 0) for k in from_zero), *(at_least(k, globals()[k], 1) for k in from_one),
+            (0 <= beta1 < 1, f'beta1 = {beta1}, expected 0 <= beta1 < 1'),
+            (0 <= beta2 < 1, f'beta2 = {beta2}, expected 0 <= beta2 < 1'), at_least('adam_epsilon', adam_epsilon, 0),
             (learning_rate > 0, f'learning_rate = {learning_rate}, expected > 0'),
             (prune_by != 'gamma' or procedure == 'pmmp', "prune_by = 'gamma' needs procedure = 'pmmp'"),
             (not (online and dropout), 'online = True needs dropout = 0: the code length counts losses before updates'),
@@ -235,14 +239,12 @@ def main(argv=None):
             ('val' in splits or not do_pruning,
              f'{dataset!r} has no validation split, which TAMADE needs; prepare one or --no-do_pruning'))
     val_data = open_bin(data_dir, dataset, 'val', verify) if 'val' in splits else None
+    require((not do_pruning or val_data.n_tokens > 0, f'the val split of {dataset!r} is empty, and TAMADE needs it'))
     model_config = config_from_knobs(config, train_data.vocab_size)
     T = model_config.block_size
     data_facts = dict(dataset=dataset, sha256=train_data.sha256, start_id=train_data.start_id,
                       tokenizer=train_data.tokenizer)
     resume = init_from == 'resume'
-    if env.main:
-        runs.open_run_folder(out_dir, overwrite, resume, '' if init_from in ('scratch', 'resume') else init_from)
-    env.barrier()
     path = os.path.join(out_dir, 'ckpt.pt')
     if resume and not os.path.exists(path):
         resume = False
@@ -257,7 +259,7 @@ def main(argv=None):
     if resume:
         old_data, old = start['data'], start['config']
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
-                 'train_only_on_leading_tokens')
+                 'train_only_on_leading_tokens', 'online')
         require(*((old_data[k] == data_facts[k], f'cannot resume: {k} is {data_facts[k]!r}, the checkpoint has'
                    f' {old_data[k]!r}; use the original one, or init_from={path} for a new run')
                   for k in ('sha256', 'start_id')),
@@ -273,10 +275,13 @@ def main(argv=None):
     if resume:
         optimizer.load_state_dict(start['optimizer'])
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
+    if resume and start['scaler']:
+        scaler.load_state_dict(start['scaler'])
     model_step = torch.compile(raw_model) if compile and env.kind == 'cuda' else raw_model
     if env.distributed and env.world > 1:
         from torch.nn.parallel import DistributedDataParallel
-        model_step = DistributedDataParallel(model_step, device_ids=[env.local_rank] if env.kind == 'cuda' else None)
+        model_step = DistributedDataParallel(model_step, device_ids=[env.local_rank] if env.kind == 'cuda' else None,
+                                             broadcast_buffers=False)        # position tables never change
 
     # the plan and the counters that a checkpoint keeps
     n_batches = n_blocks(n_blocks(train_data.n_tokens, T), batch_size)
@@ -284,8 +289,12 @@ def main(argv=None):
     n_steps = sum(p['n_steps'] for p in phases)
     require((n_steps > 0, 'nothing to train: epochs_prelude, epochs, epochs_fine_tuning and max_iters are all 0'))
     counters = dict(step=0, tokens=0, online_nats=0.0, online_tokens=0, epsilon=0.0, tolerance_spent=0.0, n_prunings=0,
-                    best_val=math.inf, final_val_loss=math.nan, final_train_loss=math.nan, train_seconds=0.0)
+                    nonzeros=0, best_val=math.inf, final_val_loss=math.nan, final_train_loss=math.nan,
+                    train_seconds=0.0)
     counters.update({k: start[k] for k in counters if resume})
+    if env.main:                                                        # last: nothing above may cost an older run
+        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', '' if resume else parent)
+    env.barrier()
     micro = micro_batch_size or batch_size // env.world
     rows_per_rank = batch_size // env.world
     bytes_per_token = train_data.text_bytes / train_data.n_tokens
@@ -367,7 +376,7 @@ def main(argv=None):
         counters['tolerance_spent'] += after / before - 1
         counters['n_prunings'] += 1
         counters['best_val'] = math.inf
-        nonzero = sparse.count_nonzero(raw_model)
+        nonzero = counters['nonzeros'] = sparse.count_nonzero(raw_model)
         epsilon, sparsity = counters['epsilon'], 1 - nonzero / record.values['n_params']
         note(f"prune by={prune_by} phase={phase['name']} step={counters['step']} epsilon={epsilon:.7f}"
              f' loss_before={before:.5f} loss_after={after:.5f} nonzeros={nonzero} sparsity={sparsity:.4f}'
@@ -386,9 +395,8 @@ def main(argv=None):
                                       partial(adamw, lr=peaks[1], weight_decay=0.0),
                                       start['procedure'] if resume and done else None)
         if done == 0:
-            counters['best_val'] = math.inf
+            counters.update(best_val=math.inf, nonzeros=sparse.count_nonzero(raw_model))
         optimizers = [optimizer] + ([state['optimizer']] if 'optimizer' in state else [])
-        nonzero = sparse.count_nonzero(raw_model)
         bar = bar_of(phase, done, env)
         window = [time.time(), 0, 0.0]                                  # for log.txt: start, tokens, nats
         while done < phase['n_steps']:
@@ -466,21 +474,20 @@ def main(argv=None):
             step = counters['step']
             if env.main and step % log_every == 0:
                 loss_csv.writerow((phase['name'], epoch, step, counters['tokens'], f'{loss_nats:.6f}', f'{lr:.4g}',
-                                   f'{norm:.4g}', f'{penalised:.4g}', nonzero))
+                                   f'{norm:.4g}', f'{penalised:.4g}', counters['nonzeros']))
             bar.update()
             if step % log_interval == 0 or done == phase['n_steps']:
                 speed, mean = window[1] / (time.time() - window[0]), window[2] / window[1]
                 bpb = mean / LN2 / bytes_per_token
                 bar.set_postfix_str(f'{bpb:.3f} bits/byte, {speed:,.0f} tokens/s')
                 note(f"train phase={phase['name']} epoch={epoch} step={step} loss={mean:.5f} bpb={bpb:.4f} lr={lr:.3g}"
-                     f' grad_norm={norm:.3g} nonzeros={nonzero} tokens_per_second={speed:.0f}', train_loss=mean,
-                     train_bits_per_byte=bpb, lr=lr, grad_norm=norm, grad_norm_penalised=penalised)
+                     f' grad_norm={norm:.3g} nonzeros={counters["nonzeros"]} tokens_per_second={speed:.0f}',
+                     train_loss=mean, train_bits_per_byte=bpb, lr=lr, grad_norm=norm, grad_norm_penalised=penalised)
                 record.update(step=step, train_loss=mean, phase=phase['name'], tokens_per_second=round(speed))
                 window = [time.time(), 0, 0.0]
             paused_at = time.time()
             if prunes_after(phase, done):
                 prune(phase)
-                nonzero = sparse.count_nonzero(raw_model)
             if done == phase['n_steps'] or eval_interval and step % eval_interval == 0:
                 counters['final_val_loss'] = validate(phase)
             window[0] += time.time() - paused_at                        # tokens/s is of training alone
@@ -535,7 +542,10 @@ def bar_of(phase, done, env):
 def open_logs(step):
     """Open log.txt and train_loss.csv, cut back to the given step, so that a resumed run has no gap and no repeat."""
     log_path, csv_path = os.path.join(out_dir, 'log.txt'), os.path.join(out_dir, 'train_loss.csv')
-    rows = []
+    rows, lines = [], []
+    if step and os.path.exists(log_path):
+        with open(log_path, encoding='utf-8') as f:
+            lines = list(itertools.takewhile(lambda line: int((re.search(r' step=(\d+)', line) or '00')[1]) <= step, f))
     if step and os.path.exists(csv_path):
         with open(csv_path, newline='', encoding='utf-8') as f:
             rows = [r for r in list(csv.reader(f))[1:] if len(r) == len(CSV_COLUMNS) and int(r[2]) <= step]
@@ -543,7 +553,9 @@ def open_logs(step):
     loss_csv = csv.writer(loss_file)
     loss_csv.writerow(CSV_COLUMNS)
     loss_csv.writerows(rows)
-    return open(log_path, 'a' if step else 'w', buffering=1, encoding='utf-8'), loss_file, loss_csv
+    log = open(log_path, 'w', buffering=1, encoding='utf-8')
+    log.writelines(lines)
+    return log, loss_file, loss_csv
 
 
 def say(log, line):

@@ -20,7 +20,8 @@ import bins  # noqa: E402
 
 torch.set_num_threads(1)
 
-TINY = ('--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=8', '--learning_rate=3e-3', '--device=cpu',
+TINY = ('--n_layer=2', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=8', '--learning_rate=3e-3',
+        '--device=cpu',
         '--dtype=float32')
 WORDS = b'the model weighs nothing until a byte of its text has been paid for in bits and every zero is free'.split()
 
@@ -29,20 +30,23 @@ def make_text(n_bytes, seed=0):
     """Random sentences of few words: structured enough to learn, and no two blocks alike."""
     rng, parts, size = random.Random(seed), [], 0
     while size < n_bytes:
-        sentence = b' '.join(rng.choice(WORDS) for _ in range(rng.randint(3, 9))) + rng.choice((b'.\n', b', ', b' %d; ' % rng.randint(0, 99)))
+        sentence = b' '.join(rng.choice(WORDS) for _ in range(rng.randint(3, 9)))
+        sentence += rng.choice((b'.\n', b', ', b' %d; ' % rng.randint(0, 99)))
         parts.append(sentence)
         size += len(sentence)
     return b''.join(parts)[:n_bytes]
 
 
-def write_dataset(data_dir, name='toy', sizes=(4096, 2000, 777), dtype='uint8', vocab_size=256, splits=('train', 'val', 'test')):
+def write_dataset(data_dir, name='toy', sizes=(4096, 2000, 777), dtype='uint8', vocab_size=256,
+                  splits=('train', 'val', 'test')):
     """Write data_dir/name with the real writer; returns {split: bytes}. 4,096 bytes are 16 batches of 8 x 32."""
     folder, texts, entries = os.path.join(data_dir, name), {}, {}
     for i, (split, size) in enumerate(zip(splits, sizes)):
         writer, texts[split] = bins.BinWriter(folder, split, dtype), make_text(size, seed=i)
         writer.write(texts[split] if dtype == 'uint8' else list(texts[split]), text_bytes=size)
         entries[split] = writer.commit()
-    bins.write_meta(folder, 'prepare_text.py', [f'--name={name}', '--source=some text'], entries, dict(kind='test'), dtype=dtype,
+    bins.write_meta(folder, 'prepare_text.py', [f'--name={name}', '--source=some text'], entries, dict(kind='test'),
+                    dtype=dtype,
                     vocab_size=vocab_size)
     return texts
 
@@ -50,12 +54,14 @@ def write_dataset(data_dir, name='toy', sizes=(4096, 2000, 777), dtype='uint8', 
 def run_script(*argv, timeout=60, cwd=None, **environ):
     """Run python with argv as a subprocess on one thread; returns CompletedProcess with text output."""
     env = dict(os.environ, OMP_NUM_THREADS='1', GOMP_SPINCOUNT='1000', PYTHONPATH=ROOT, **environ)
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT, env=env)
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=timeout,
+                          cwd=cwd or ROOT, env=env)
 
 
 def torchrun(n_ranks, script, *argv, timeout=90):
     """Run a script under torchrun with gloo on this machine."""
-    return run_script('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_ranks}', script, *argv, timeout=timeout)
+    return run_script('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_ranks}', script, *argv,
+                      timeout=timeout)
 
 
 def snapshot(folder):
@@ -69,9 +75,9 @@ def snapshot(folder):
 
 
 class OneProcess:
-    """The part of runs.Env that score and RunRecord use, for any rank of any world, without a process group."""
+    """What scripts use of runs.Env, for any rank of any world, without a process group."""
 
-    kind, torch, dtype = 'cpu', torch, 'float32'
+    kind, torch, dtype, device, distributed = 'cpu', torch, 'float32', torch.device('cpu'), False
 
     def __init__(self, rank=0, world=1):
         self.rank, self.world, self.main = rank, world, rank == 0
@@ -84,6 +90,11 @@ class OneProcess:
 
     def sum(self, tensor):
         return tensor
+
+    def barrier(self):
+        pass
+
+    close = barrier
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,91 @@
+"""Every file in config/ loads against the script of its launch line, and that launch would start."""
+import glob
+import importlib.util
+import os
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import configurator
+import train
+
+CONFIGS = sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, 'config', '*.py')))
+
+
+def launch_of(path):
+    """Return (script, argv after it, number of processes) of a config's first comment line."""
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        line = f.readline()
+    assert line.startswith('# '), f'{path} does not begin with its launch line'
+    words = shlex.split(line[1:], comments=True)
+    at = next((i for i, w in enumerate(words) if w.endswith('.py')), None)
+    assert at is not None and words[0] in ('python', 'torchrun'), f'{path}: {line!r} is no launch line'
+    n = next((int(w.split('=')[1]) for w in words[:at] if w.startswith('--nproc_per_node=')), 1)
+    return words[at], words[at + 1:], n
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_config_loads_against_its_script(path):
+    """A renamed knob, a typo or a launch line that starts another file (METHODS §7 fault 12)."""
+    script, argv, _ = launch_of(path)
+    assert path in argv and os.path.exists(os.path.join(ROOT, script))
+    namespace = dict(__file__=os.path.join(ROOT, script), __doc__='')
+    defaults = configurator.knobs_of(namespace['__file__'])[0]
+    values = configurator.configure(namespace, [os.path.join(ROOT, path)])
+    assert values != defaults
+    if 'out_dir' in defaults:                                   # two configs must not share a folder by accident
+        assert os.path.basename(values['out_dir']) == os.path.basename(path)[:-3]
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if launch_of(p)[0] == 'train.py'])
+def test_check_passes_with_the_processes_of_the_launch_line(path, tmp_path, monkeypatch, capsys):
+    """--check needs neither data nor a device, and the launch line's process count must divide the batch."""
+    _, argv, n_processes = launch_of(path)
+    monkeypatch.chdir(tmp_path)
+    for world in {1, n_processes}:
+        monkeypatch.setenv('WORLD_SIZE', str(world))
+        assert train.main([*(os.path.join(ROOT, a) if a == path else a for a in argv), '--check']) in (0, None)
+    printed = capsys.readouterr().out
+    for word in ('parameters', 'FLOPs per token', 'memory', "procedure = '", 'unknown: run prepare_'):
+        assert word in printed
+    assert os.listdir(tmp_path) == []                           # nothing was made
+
+
+def test_the_settings_of_METHODS_are_the_shipped_ones():
+    """The v1 table: leading bytes, epochs, first pruning, batch; δ 0.01, β 5, seed 858, 1e-5, transformer4.1m."""
+    table = {'16mb': (16_384_000, 150, 200, 100, 150, 25, 8), '50mb': (50_003_968, 100, 150, 75, 100, 10, 8),
+             '300mb': (299_991_040, 20, 30, 10, 20, 1, 8), '9gb': (9_307_817_984, 0, 1, 1, 1, 1, 4)}
+    for size, expected in table.items():
+        for procedure in ('vanilla', 'rl1', 'drr', 'pmmp'):
+            v = configurator.configure(dict(__file__=train.__file__, __doc__=''),
+                                       [os.path.join(ROOT, 'config', f'wiki_{size}_{procedure}.py')])
+            assert v['train_only_on_leading_tokens'] in (expected[0], 0 if size == '9gb' else expected[0])
+            assert (v['procedure'], v['model'], v['batch_size']) == (procedure, 'transformer4.1m', expected[6])
+            assert (v['learning_rate'], v['schedule'], v['seed'], v['grad_clip'], v['weight_decay'],
+                    v['dropout']) == (1e-5, 'constant', 858, 0, 0, 0)
+            if procedure != 'vanilla':
+                assert v['do_pruning'] and (v['first_pruning_after'], v['prune_every']) == expected[4:6]
+                assert (v['epochs_prelude'], v['epochs'], v['epochs_fine_tuning']) == expected[1:4]
+                assert v['tolerated_relative_loss_increase'] == 0.01 and v['beta'] == 5 and v['initial_p_value'] == 1
+                assert v['stop_epoch_at_batch_fine_tuning'] == (50_000 if size == '9gb' else 0)
+
+
+def test_sample_configs_are_there_and_small(tmp_path, monkeypatch, capsys):
+    """The demo's model has at most 300k parameters, and its four configs differ in the procedure alone."""
+    from model import config_from_knobs, n_parameters
+    for procedure in ('vanilla', 'rl1', 'drr', 'pmmp'):
+        v = configurator.configure(dict(__file__=train.__file__, __doc__=''),
+                                   [os.path.join(ROOT, 'config', f'sample_{procedure}.py')])
+        assert v['procedure'] == procedure and v['dataset'] == 'sample'
+        assert n_parameters(config_from_knobs(v, 256)) <= 300_000
+
+
+def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
+    """Importing trains nothing, reads no command line and prints nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
+    for name in ('train', 'runs', 'prune'):
+        spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''

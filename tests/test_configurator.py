@@ -1,0 +1,151 @@
+"""configurator.py: knobs from a script's source, config files and flags; mistakes end in one line with the cure."""
+import pytest
+
+import configurator
+from configurator import UserError, configure, knobs_of, require
+
+SCRIPT = '''"""A script."""
+import os
+out_dir = 'out'             # where
+epochs = 2.0                # how long
+max_iters = 0
+verify = False
+seed = 1
+LN2 = 0.69
+table = (1, 2)
+derived = len('abc')
+_private = 3
+here = os.getcwd()
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The namespace of a small script, as globals() of it would be."""
+    path = tmp_path / 'script.py'
+    path.write_text(SCRIPT)
+    return dict(__file__=str(path), __doc__='A script.')
+
+
+def config(tmp_path, text, name='c.py'):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_knobs_are_public_literals_only(script):
+    """Constants, private names, tuples and computed values must not become knobs."""
+    assert knobs_of(script['__file__'])[0] == dict(out_dir='out', epochs=2.0, max_iters=0, verify=False, seed=1)
+
+
+def test_last_wins_left_to_right(script, tmp_path):
+    """Flags and files in any order: the later one holds, and a file sees the values before it."""
+    a, b = config(tmp_path, 'epochs = epochs * 2\nseed = 5\n',
+                  'a.py'), config(tmp_path, '_n = 3\nepochs = epochs + _n\n', 'b.py')
+    assert configure(script, [a, b, '--seed=7'])['epochs'] == 7.0
+    assert script['seed'] == 7 and configure(script, ['--seed=7', a])['seed'] == 5
+
+
+def test_second_call_starts_afresh(script):
+    """Values of an earlier call in the same process must not leak into the next."""
+    configure(script, ['--seed=9', '--verify'])
+    values = configure(script, [])
+    assert values['seed'] == 1 and script['seed'] == 1 and values['verify'] is False
+
+
+def test_values_do_not_alias_defaults(script, tmp_path):
+    """A config that fails half-way must leave the namespace untouched."""
+    with pytest.raises(UserError):
+        configure(script, [config(tmp_path, 'seed = 3\nnonsense = 1\n')])
+    assert 'seed' not in script
+
+
+@pytest.mark.parametrize('flag, name, value', [
+    ('--max_iters=1e5', 'max_iters', 100000), ('--epochs=3', 'epochs',
+                                               3.0), ('--verify', 'verify', True), ('--verify=0', 'verify', False),
+    ('--no-verify', 'verify', False), ('--verify=True', 'verify',
+                                       True), ('--out-dir=x=y', 'out_dir', 'x=y'), ('--out_dir=', 'out_dir', ''),
+    ('--seed=-3', 'seed', -3), ('--epochs=1e-7', 'epochs', 1e-7)])
+def test_types_follow_the_default(script, flag, name, value):
+    """Values must take the type of the default, or a config is no longer JSON, CSV and checkpoint entry."""
+    found = configure(script, [flag])[name]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--epoch=3', ("'epoch'", 'did you mean epochs', 'command line')), ('--max_iters=1.5', ('max_iters', '1.5', 'int')),
+    ('--seed=ten', ('seed', 'ten', 'int')), ('--verify=maybe',
+                                             ('verify', 'maybe',
+                                              '--no-verify')), ('--seed', ('--seed', 'needs a value')),
+    ('--max_iters=inf', ('max_iters', 'inf')), ('--no-seed', ('no_seed',)), ('out', ("'out'", '*.py')),
+    ('missing.py', ("'missing.py'", 'does not exist'))])
+def test_bad_flag_is_one_line_with_the_cure(script, flag, words):
+    """A mistyped or ill-typed flag must not be ignored (METHODS §7 fault 12)."""
+    with pytest.raises(UserError) as e:
+        configure(script, [flag])
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('epoch = 3\n', ('c.py', "'epoch'", 'did you mean epochs')), ('for i in range(3):\n    pass\n', ('c.py', "'i'")),
+    ('seed = 1.5\n', ('c.py', 'seed', '1.5', 'int')), ('verify = 1\n', ('c.py', 'verify', 'bool')),
+    ("epochs = '3'\n", ('c.py', "'3'", 'float')),
+    ('seed = True\n', ('c.py', 'seed', 'bool')), ('seed = (\n', ('c.py:1', 'not valid Python')),
+    ('seed = 1 / 0\n', ('c.py', 'ZeroDivisionError')),
+    ('table = (1,)\n', ('c.py', "'table'"))])
+def test_bad_config_file_is_one_line_that_names_it(script, tmp_path, text, words):
+    """Fault 12: unknown keys in config files silently ignored; also wrong types and broken Python."""
+    with pytest.raises(UserError) as e:
+        configure(script, [config(tmp_path, text)])
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_config_file_that_is_not_text_is_one_line(script, tmp_path):
+    """A binary file named *.py must give a UserError, not a traceback."""
+    for i, raw in enumerate((b'\xff\xfe\x00seed = 3', b'seed = 3\x00')):
+        path = tmp_path / f'binary{i}.py'
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=f'binary{i}.py'):
+            configure(script, [str(path)])
+
+
+def test_modules_and_private_names_may_stay_behind(script, tmp_path):
+    """A config may import and compute with _names without those counting as unknown knobs."""
+    assert configure(script, [config(tmp_path, 'import math\n_x = 4\nepochs = math.sqrt(_x)\n')])['epochs'] == 2.0
+
+
+def test_help_prints_the_knob_block_as_it_stands(script, capsys):
+    """--help must show the source with its comments and exit 0 without running anything."""
+    with pytest.raises(SystemExit) as e:
+        configure(script, ['--help'])
+    assert e.value.code == 0 and "out_dir = 'out'             # where" in capsys.readouterr().out
+
+
+def test_verbs_take_paths_of_any_name(script):
+    """A FILE argument may be called anything, a config's name or a flag's included."""
+    verb, paths, values = configure(script, ['pack', 'a.py', '--odd', '--seed=2'], verbs=dict(pack=2, info=1))
+    assert (verb, paths, values['seed']) == ('pack', ['a.py', '--odd'], 2)
+    with pytest.raises(UserError, match='did you mean pack'):
+        configure(script, ['pakc', 'a', 'b'], verbs=dict(pack=2))
+    with pytest.raises(UserError, match='takes 2 paths, got 1'):
+        configure(script, ['pack', 'a'], verbs=dict(pack=2))
+
+
+def test_require_collects_all_problems():
+    """One run must show every wrong value, not the first of them."""
+    with pytest.raises(UserError) as e:
+        require((False, 'a = 1'), (True, 'b = 2'), configurator.at_least('c', float('nan'), 0),
+                configurator.one_of('d', 'pmpm', ('pmmp', 'rl1')))
+    message = str(e.value)
+    assert 'a = 1' in message and 'b = 2' not in message and 'c = nan' in message and "did you mean 'pmmp'" in message
+
+
+def test_run_turns_a_user_error_into_exit_code_1(capsys):
+    """Exit codes: 1 and one line for a mistake, main's own value otherwise."""
+    def fails():
+        raise UserError('x = 1, expected 2')
+    for main, code in ((fails, 1), (lambda: 85, 85), (lambda: 0, 0), (lambda: None, None)):
+        with pytest.raises(SystemExit) as e:
+            configurator.run(main)
+        assert e.value.code == code
+    assert capsys.readouterr().err == 'error: x = 1, expected 2\n'

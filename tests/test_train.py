@@ -1,0 +1,782 @@
+"""train.py: phases and schedules, procedures, pruning, resume to the bit, several ranks, bad input.
+
+Most tests run train.main in this process on a model of 42k parameters. METHODS §7 faults are named where tested.
+"""
+import csv
+import json
+import math
+import os
+import signal
+import types
+
+import pytest
+import torch
+from conftest import ROOT, TINY, OneProcess, make_text, run_script, snapshot, torchrun, write_dataset
+
+import bins
+import runs
+import sparse
+import train
+from configurator import UserError, configure
+from model import GPT, config_from_knobs
+
+PRUNED = ('--do_pruning', '--first_pruning_after=1', '--tolerated_relative_loss_increase=0.05')
+# 6 steps of prelude, 3 epochs of 4 batches with a pruning after each, 4 steps of fine-tuning
+THREE_PHASES = ('--procedure=pmmp', '--alpha=1e-3', '--initial_u_value=0.1', '--epochs_prelude=1',
+                '--stop_epoch_at_batch_prelude=6',
+                '--epochs=3', '--stop_epoch_at_batch=4', '--epochs_fine_tuning=1',
+                '--stop_epoch_at_batch_fine_tuning=4', *PRUNED)
+
+
+def losses_of(folder):
+    """Return the rows of train_loss.csv as dicts."""
+    with open(os.path.join(folder, 'train_loss.csv'), newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def weights_of(folder, name='ckpt.pt'):
+    return runs.load_checkpoint(os.path.join(folder, name))['model']
+
+
+def same(a, b):
+    """Compare nested dicts, lists and tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+def knobs(*flags):
+    """Set train's globals as main would, for its pure functions."""
+    return configure(vars(train), [*TINY, *flags])
+
+
+# --- the plan ---
+
+def test_warm_up_then_schedule_over_the_rest():
+    """METHODS §7 fault 7: schedule length ignoring warm-up, so that a cosine ends early or late."""
+    knobs('--warmup_iters=10', '--schedule=cosine', '--min_learning_rate_ratio=0.1')
+    rates = [train.rate_at(s, 110, 2.0) for s in range(110)]
+    assert [round(r, 9) for r in rates[:10]] == [round(2.0 * (i + 1) / 10, 9) for i in range(10)]
+    for s in range(10, 110):
+        assert abs(rates[s] - 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (s - 10) / 100)) / 2)) < 1e-12
+    assert rates[10] == 2.0 and rates[109] < 0.2 * 1.01 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    knobs('--warmup_iters=4', '--schedule=linear', '--min_learning_rate_ratio=0')
+    assert [train.rate_at(s, 8, 1.0) for s in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    knobs('--warmup_iters=0', '--schedule=constant')
+    assert {train.rate_at(s, 50, 3e-4) for s in range(50)} == {3e-4}
+    knobs('--warmup_iters=10', '--schedule=cosine')
+    assert train.rate_at(3, 5, 1.0) == 0.4                      # a run shorter than its warm-up
+
+
+def test_phases_have_exact_lengths():
+    """METHODS §7 fault 7: off-by-one in batch limits."""
+    knobs('--epochs_prelude=1.5', '--epochs=2', '--epochs_fine_tuning=1', '--stop_epoch_at_batch_fine_tuning=3')
+    plan = train.plan_phases(10)
+    assert [(p['name'], p['n_steps'], p['epoch_steps'], p['first_step'], p['first_epoch']) for p in plan] == [
+        ('prelude', 15, 10, 0, 0), ('main', 20, 10, 15, 2), ('fine_tuning', 3, 3, 35, 4)]
+    assert [p['procedure'] for p in plan] == ['vanilla', 'vanilla', 'vanilla']
+    knobs('--epochs=2', '--stop_epoch_at_batch=50', '--steps_per_chunk=3', '--procedure=rl1',
+          '--epochs_fine_tuning=0.001')
+    assert [(p['n_steps'], p['procedure']) for p in train.plan_phases(10)] == [(60, 'rl1'), (1, 'vanilla')]
+    knobs('--max_iters=7', '--epochs=0', '--stop_epoch_at_batch=4')
+    assert [(p['n_steps'], p['epoch_steps']) for p in train.plan_phases(10)] == [(7, 4)]
+    knobs('--epochs=0')
+    assert train.plan_phases(10) == []
+
+
+def test_pruning_schedule():
+    """Prune after epoch e (from 1) where e >= first and (e - first) mod every = 0, and only in the main phase."""
+    knobs('--do_pruning', '--first_pruning_after=3', '--prune_every=2', '--epochs=9', '--epochs_prelude=4',
+          '--epochs_fine_tuning=5')
+    prelude, main, fine = train.plan_phases(10)
+    assert [s for s in range(1, 91) if train.prunes_after(main, s)] == [30, 50, 70, 90]
+    assert not any(train.prunes_after(p, s) for p in (prelude, fine) for s in range(1, 60))
+    knobs('--do_pruning', '--first_pruning_after=0', '--epochs=1.5')
+    (main,) = train.plan_phases(10)
+    assert [s for s in range(1, 16) if train.prunes_after(main, s)] == [15]
+    knobs('--first_pruning_after=1')
+    assert not train.prunes_after(main, 10)                     # do_pruning is off
+
+
+def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
+    """Off-by-one in stop_epoch_at_batch*, prunings at the wrong epoch, a schedule that differs from the plan."""
+    assert train_tiny(*THREE_PHASES, '--prune_every=2', '--warmup_iters=5', '--schedule=cosine') == 0
+    rows = losses_of(tmp_path / 'run')
+    assert [r['phase'] for r in rows] == ['prelude'] * 6 + ['main'] * 12 + ['fine_tuning'] * 4
+    assert [int(r['step']) for r in rows] == list(range(1, 23))
+    assert [int(r['epoch']) for r in rows] == [0] * 6 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert [int(r['tokens']) for r in rows] == [256 * s for s in range(1, 23)]
+    assert all(abs(float(r['lr']) / train.rate_at(i, 22, 3e-3) - 1) < 1e-3 for i, r in enumerate(rows))
+    nonzeros = [int(r['nonzeros']) for r in rows]               # counted where a phase starts and after a pruning
+    spans = [set(nonzeros[i:j]) for i, j in ((0, 6), (6, 10), (10, 18), (18, 22))]
+    assert all(len(span) == 1 for span in spans) and nonzeros[6] > nonzeros[10] > nonzeros[18]
+    record = runs.read_run(tmp_path / 'run')
+    assert record['n_prunings'] == 2 and record['status'] == 'done' and record['non_zero_params'] == nonzeros[18]
+    assert record['n_steps'] == 22
+    assert [p for p in open(tmp_path / 'run' / 'log.txt') if ' prune ' in p and 'step=10' in p]
+    assert abs(record['sparsity'] - (1 - nonzeros[18] / record['n_params'])) < 1e-12
+    for name in ('ckpt.pt', 'best.pt', 'log.txt', 'train_loss.csv', 'run.json'):
+        assert (tmp_path / 'run' / name).exists()
+
+
+def test_steps_per_chunk_repeats_each_batch(train_tiny, tmp_path):
+    """steps_per_chunk = 2 takes two updates on one batch, then goes on to the next."""
+    train_tiny('--max_iters=4', '--steps_per_chunk=2', '--learning_rate=1e-9', out='twice')
+    train_tiny('--max_iters=2', '--learning_rate=1e-9', out='once')
+    twice, once = ([round(float(r['loss_nats']), 4) for r in losses_of(tmp_path / n)] for n in ('twice', 'once'))
+    assert twice == [once[0], once[0], once[1], once[1]]
+
+
+# --- procedures in the loop ---
+
+@pytest.mark.parametrize('name', ('rl1', 'drr'))
+def test_coefficient_zero_is_bit_identical_to_vanilla(name, train_tiny, tmp_path):
+    """A procedure that costs something besides its penalty: with alpha = 0 every byte must be vanilla's."""
+    for procedure in ('vanilla', name):
+        train_tiny(f'--procedure={procedure}', '--alpha=0', '--max_iters=12', '--grad_clip=1', '--final_train_blocks=0',
+                   out=procedure)
+    assert same(weights_of(tmp_path / 'vanilla'), weights_of(tmp_path / name))
+    assert losses_of(tmp_path / 'vanilla') == losses_of(tmp_path / name)
+
+
+@pytest.mark.parametrize('name', ('rl1', 'drr', 'pmmp'))
+@pytest.mark.parametrize('decoupled', ('--no-decoupled', '--decoupled'))
+def test_coefficient_matters(name, decoupled, train_tiny, tmp_path):
+    """A penalty that never reaches the weights: a strong one must make the sum of magnitudes smaller than vanilla's."""
+    train_tiny('--max_iters=16', '--final_train_blocks=0', out='vanilla')
+    train_tiny(f'--procedure={name}', '--alpha=0.05', '--initial_u_value=1', '--initial_p_value=0.5', decoupled,
+               '--max_iters=16',
+               '--final_train_blocks=0')
+    size = {n: sum(float(t.abs().sum()) for t in weights_of(tmp_path / n).values() if t.dim() == 2)
+            for n in ('vanilla', 'run')}
+    assert size['run'] < size['vanilla'] * 0.999
+
+
+def test_w_starts_at_theta_when_the_main_phase_starts(train_tiny, monkeypatch):
+    """METHODS §7 fault 2: after a prelude PMMP pulls θ back to its random start, w copied at construction."""
+    starts, first = [], []
+    real = sparse.pmmp_state
+
+    def spy(params, *more):
+        state = real(params, *more)
+        starts.append(all(torch.equal(p, w) for p, w in zip(params.values(), state['w'])))
+        starts.append(any(torch.equal(p, q) for p, q in zip(params.values(), first)))
+        return state
+    real_init = GPT.init_weights
+
+    def init(self):
+        real_init(self)
+        first[:] = [p.detach().clone() for p in self.parameters() if p.dim() >= 2]
+    monkeypatch.setattr(sparse, 'pmmp_state', spy), monkeypatch.setattr(GPT, 'init_weights', init)
+    train_tiny('--procedure=pmmp', '--epochs_prelude=0.25', '--max_iters=1', '--final_train_blocks=0')
+    assert starts == [True, False]                              # equal to θ as it is now, not to θ as it was drawn
+
+
+def test_gamma_stays_a_probability_at_a_large_rate(train_tiny, monkeypatch):
+    """γ is clamped after every step; the run is such that without the projection it would leave [0, 1]."""
+    left, inside = [], []
+    edit, project = sparse.PROCEDURES['pmmp']
+
+    def spy(state):
+        left.append(any(float(g.min()) < 0 or float(g.max()) > 1 for g in state['gamma']))
+        project(state)
+        inside.append(all(0 <= float(g.min()) and float(g.max()) <= 1 for g in state['gamma']))
+    monkeypatch.setitem(sparse.PROCEDURES, 'pmmp', (edit, spy))
+    train_tiny('--procedure=pmmp', '--alpha=0.1', '--initial_u_value=0.5', '--procedure_learning_rate=0.3',
+               '--max_iters=20', '--final_train_blocks=0')
+    assert len(inside) == 20 and all(inside) and any(left)
+
+
+def test_clipping_scales_theta_only_and_after_the_penalty(train_tiny, tmp_path):
+    """Upstream clips after adding the penalty; both norms are logged, and w, γ, u stay outside the clipped norm."""
+    train_tiny('--procedure=pmmp', '--alpha=10', '--initial_u_value=5', '--grad_clip=1e-3', '--max_iters=6',
+               '--final_train_blocks=0',
+               '--initial_p_value=0.5')
+    rows = losses_of(tmp_path / 'run')
+    assert all(float(r['grad_norm']) < 0.9 * float(r['grad_norm_penalised']) for r in rows)
+    saved = runs.load_checkpoint(str(tmp_path / 'run'))['procedure']
+    assert any(float(g.max()) < 0.5 - 0.003 * 3 for g in saved['gamma'].values())       # an unclipped alpha = 10
+
+
+# --- pruning in the loop ---
+
+def test_masks_only_grow_and_masked_weights_stay_exactly_zero(train_tiny, tmp_path, monkeypatch):
+    """A pruned weight that comes back by Adam's momentum, decay or a later mask; checked before each step."""
+    held, history, checked = {}, [], []
+    real_apply, real_rate = sparse.apply_masks, train.rate_at
+
+    def apply(params, masks):
+        real_apply(params, masks)
+        if held:
+            assert all((old | ~masks[n]).all() for n, old in held['masks'].items())
+        held.update(params=params, masks={n: m.clone() for n, m in masks.items()})
+        history.append(sum(int((~m).sum()) for m in masks.values()))
+
+    def rate(*args):
+        if held:
+            assert all(not held['params'][n][~m].any() for n, m in held['masks'].items())
+            checked.append(args[0])
+        return real_rate(*args)
+    monkeypatch.setattr(sparse, 'apply_masks', apply), monkeypatch.setattr(train, 'rate_at', rate)
+    train_tiny(*THREE_PHASES, '--weight_decay=0.1', '--epochs_fine_tuning=4')
+    assert len(history) == 3 and 0 < history[0] < history[1] < history[2] and checked[-1] == 33
+    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    assert same(end['masks'], held['masks']) and all(not end['model'][n][~m].any() for n, m in end['masks'].items())
+    names = [n for group in (True, False) for n, t in end['model'].items() if (t.dim() >= 2) == group]
+    for i, name in enumerate(names):                            # AdamW's groups: matrices first, then the rest
+        for moment in ('exp_avg', 'exp_avg_sq'):
+            assert end['optimizer']['state'][i][moment].shape == end['model'][name].shape
+            assert name not in end['masks'] or not end['optimizer']['state'][i][moment][~end['masks'][name]].any()
+
+
+@pytest.mark.parametrize('regularise', ('matrices', 'all'))
+def test_pruning_respects_the_tolerated_loss(train_tiny, tmp_path, regularise):
+    """The measured loss after pruning must be within δ of the measured loss before; repeated prunings add up."""
+    train_tiny(*THREE_PHASES, f'--regularise={regularise}')
+    spent = 0
+    lines = [dict(p.split('=') for p in line.split() if '=' in p)
+             for line in (tmp_path / 'run' / 'log.txt').read_text().splitlines() if ' prune ' in line]
+    assert len(lines) == 3
+    for line in lines:
+        before, after = float(line['loss_before']), float(line['loss_after'])
+        assert before * 0.9 < after <= before * 1.05 + 1e-5
+        spent += after / before - 1
+        assert abs(float(line['tolerance_spent']) - spent) < 1e-3
+    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    assert (regularise == 'all') == any(end['model'][n].dim() == 1 for n in end['masks'])
+
+
+def test_tamade_sees_the_leading_100_validation_blocks(train_tiny, tmp_path, monkeypatch):
+    """Calibration is on the first 100 blocks of the validation split, on every rank the same."""
+    import score
+    seen, real = [], score.score
+
+    def spy(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, *more, **named):
+        seen.append((data.split, max_blocks))
+        return real(model, data, block_size, batch_size, env, minimal_context, max_blocks, *more, **named)
+    monkeypatch.setattr(score, 'score', spy)
+    train_tiny('--max_iters=2', '--do_pruning', '--procedure=rl1', '--final_train_blocks=0')
+    assert seen.count(('val', 100)) == 25                       # before, 23 halvings, after
+
+
+def test_prune_by_gamma(train_tiny, tmp_path):
+    """γ < ½ is pruned, γ >= ½ stays, and the weights follow."""
+    train_tiny('--procedure=pmmp', '--alpha=0.01', '--initial_u_value=0.1', '--procedure_learning_rate=0.05',
+               '--max_iters=24', '--do_pruning',
+               '--prune_by=gamma', '--final_train_blocks=0')
+    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    gamma = end['procedure']['gamma']
+    share = sum(int((~m).sum()) for m in end['masks'].values()) / sum(m.numel() for m in end['masks'].values())
+    assert 0.01 < share < 1 and set(gamma) == set(end['masks'])
+    for name, mask in end['masks'].items():
+        assert (gamma[name][mask] >= 0.5).all() and not end['model'][name][~mask].any()
+        assert end['model'][name][mask].all()
+
+
+# --- the step ---
+
+@pytest.mark.parametrize('world', (1, 2, 4))
+def test_ranks_share_one_global_batch(world, train_tiny, monkeypatch):
+    """1, 2 and 4 ranks must see the same rows, each once: the loop's own slices, put together again."""
+    seen, real = {}, bins.Bin.gather
+
+    def gather(self, starts, length):
+        if self.split == 'train':
+            seen.setdefault(rank, []).extend(starts)
+        return real(self, starts, length)
+    monkeypatch.setattr(bins.Bin, 'gather', gather)
+    for rank in range(world):
+        monkeypatch.setattr(runs, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
+        train_tiny('--max_iters=3', '--train_only_on_leading_tokens=600', '--micro_batch_size=1',
+                   '--final_train_blocks=0', out=f'{rank}')
+    for step in range(3):                                       # 19 blocks: the third batch has 3 rows and 5 of padding
+        share = 8 // world
+        rows = [start for rank in range(world) for start in seen[rank][step * share:(step + 1) * share]]
+        assert rows == bins.batch_starts('permuted', 858, 0, step, 8, 600, 32).tolist()
+
+
+@pytest.mark.parametrize('order', ('permuted', 'sequential', 'random'))
+def test_accumulation_does_not_change_the_losses(train_tiny, tmp_path, order):
+    """A loss normalised per micro-batch is wrong where rows are short; 4,001 bytes leave a short row and padding."""
+    for name, micro in (('whole', 0), ('split', 2)):
+        train_tiny(f'--micro_batch_size={micro}', '--epochs=2', '--train_only_on_leading_tokens=4001',
+                   f'--order={order}', out=name)
+    whole, split = losses_of(tmp_path / 'whole'), losses_of(tmp_path / 'split')
+    assert [r['tokens'] for r in whole] == [r['tokens'] for r in split] and len(whole) == 32
+    assert order == 'random' or int(whole[15]['tokens']) == 4001
+    assert max(abs(float(a['loss_nats']) - float(b['loss_nats'])) for a, b in zip(whole, split)) < 1e-5
+
+
+def test_dropout_depends_on_the_step_alone(train_tiny, tmp_path, monkeypatch):
+    """With dropout a resumed run must draw what the unbroken one drew."""
+    flags = ('--dropout=0.2', '--max_iters=8', '--eval_interval=3', '--final_train_blocks=0')
+    train_tiny(*flags, out='whole')
+    stop_at(monkeypatch, 4)
+    assert train_tiny(*flags, out='cut') == 85
+    monkeypatch.undo()
+    assert train_tiny(*flags, '--init_from=resume', out='cut') == 0
+    assert same(weights_of(tmp_path / 'whole'), weights_of(tmp_path / 'cut'))
+
+
+def plain_losses(text, steps, batch=8, T=32, rate=3e-3):
+    """Train a GPT by the shortest loop there is on consecutive blocks; return Σ nats per step before each update."""
+    torch.manual_seed(858)
+    net = GPT(config_from_knobs(knobs(), 256))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    sums = []
+    ids = torch.tensor([10, *text])
+    for s in range(steps):
+        rows = [ids[i * T:(i + 1) * T + 1] for i in range(s * batch, (s + 1) * batch) if i * T < len(text)]
+        nats = sum(torch.nn.functional.cross_entropy(net(r[None, :-1])[0], r[1:], reduction='sum') for r in rows)
+        n = sum(len(r) - 1 for r in rows)
+        (nats / n).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sums.append((nats.item(), n))
+    return sums
+
+
+def test_online_description_length_is_the_first_pass_in_bytes(train_tiny, tmp_path):
+    """METHODS §7 fault 6: online length in bits in a column called bytes, and all epochs summed."""
+    assert train_tiny('--online', '--epochs=3', '--train_only_on_leading_tokens=4001', '--final_train_blocks=0') == 0
+    by_hand = plain_losses(make_text(4096)[:4001], 16)
+    assert sum(n for _, n in by_hand) == 4001
+    found = runs.read_run(tmp_path / 'run')['online_description_length_bytes']
+    expected = sum(nats for nats, _ in by_hand) / math.log(2) / 8
+    assert abs(found - expected) <= 1 + 1e-4 * expected and 4001 * 0.3 < found < 4001
+    rows = losses_of(tmp_path / 'run')
+    assert max(abs(float(r['loss_nats']) - nats / n) for r, (nats, n) in zip(rows, by_hand)) < 1e-4
+    train_tiny('--max_iters=2', '--final_train_blocks=0', out='other')
+    assert runs.read_run(tmp_path / 'other')['online_description_length_bytes'] is None     # the cell stays empty
+
+
+def test_final_numbers_are_of_whole_splits(train_tiny, tmp_path):
+    """METHODS §7 fault 5: losses "over the data set" that cover part of it; here against a plain loop over rows."""
+    train_tiny('--max_iters=6', '--train_only_on_leading_tokens=4001')
+    record, (net, _) = runs.read_run(tmp_path / 'run'), runs.load_model(str(tmp_path / 'run'))
+    for split, name in (('train', 'mean_train_loss'), ('test', 'mean_test_loss'), ('val', 'final_val_loss')):
+        ids = torch.tensor([10, *make_text(dict(train=4096, val=2000, test=777)[split],
+                                           ('train', 'val', 'test').index(split))[:4001]])
+        with torch.no_grad():
+            nats = sum(float(net(ids[None, i:i + 32][:, :len(ids) - 1 - i],
+                                 ids[None, i + 1:i + 33])) for i in range(0, len(ids) - 1, 32))
+        assert abs(record[name] - nats / (len(ids) - 1)) < 1e-5, split
+    assert abs(record['train_data_bytes'] - record['mean_train_loss'] * 4001 / math.log(2) / 8) < 1
+
+
+def test_non_finite_loss_stops_before_the_update(train_tiny, tmp_path, monkeypatch):
+    """A NaN that reaches the weights or the checkpoint; the last good one stays and the message says what to try."""
+    real = GPT.forward
+
+    def broken(self, x, y=None, cache=None):
+        broken.calls += 1
+        return real(self, x, y, cache) * (math.nan if broken.calls > 5 else 1)
+    broken.calls = 0
+    monkeypatch.setattr(GPT, 'forward', broken)
+    with pytest.raises(UserError, match='loss nan.*--learning_rate'):
+        train_tiny('--max_iters=20', '--checkpoint_time=1e-9')
+    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    assert end['step'] == 5 and all(torch.isfinite(t).all() for t in end['model'].values())
+    assert runs.read_run(tmp_path / 'run')['status'] == 'failed'
+
+
+# --- stopping and resuming ---
+
+def stop_at(monkeypatch, step, number=signal.SIGUSR1):
+    """Send this process a real signal while the given step (from 1) is under way."""
+    real = train.rate_at
+
+    def rate(s, *more):
+        if s == step - 1:
+            os.kill(os.getpid(), number)
+        return real(s, *more)
+    monkeypatch.setattr(train, 'rate_at', rate)
+
+
+RESUMED = (*THREE_PHASES, '--online', '--warmup_iters=3', '--schedule=cosine', '--eval_interval=5', '--grad_clip=1',
+           '--weight_decay=0.01')
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory, toy):
+    """An unbroken run of three phases to compare resumed ones with."""
+    folder = tmp_path_factory.mktemp('unbroken') / 'run'
+    assert train.main([*TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={folder}', *RESUMED]) == 0
+    return folder
+
+
+def assert_same_run(folder, reference):
+    """The same tensors in both checkpoints, the same rows in train_loss.csv, the same results."""
+    one, two = (runs.load_checkpoint(os.path.join(f, 'ckpt.pt')) for f in (folder, reference))
+    for key in set(one) - {'config', 'parent', 'train_seconds', 'versions', 'commit'}:
+        assert same(one[key], two[key]), key
+    assert same(weights_of(folder, 'best.pt'), weights_of(reference, 'best.pt'))
+    assert losses_of(folder) == losses_of(reference)
+    a, b = runs.read_run(folder), runs.read_run(reference)
+    for key in ('status', 'mean_test_loss', 'mean_train_loss', 'final_val_loss', 'epsilon', 'non_zero_params',
+                'tokens_seen', 'n_prunings',
+                'tolerance_spent', 'online_description_length_bytes', 'final_train_loss'):
+        assert a[key] == b[key], key
+
+
+@pytest.mark.parametrize('stops', [(3,), (6,), (8,), (10,), (13, 15), (18,), (20,), (21, 22)], ids=str)
+def test_resume_is_bit_exact(stops, train_tiny, tmp_path, monkeypatch, unbroken):
+    """METHODS §7 fault 4: resume replays the first batches or skips data; in every phase, at its ends, at prunings."""
+    resume = ()
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            status = train_tiny(*RESUMED, *resume)
+        assert status == (85 if stop < 22 else 0)
+        if stop < 22:
+            assert runs.main(['status', str(tmp_path / 'run')]) == 85
+            assert int(losses_of(tmp_path / 'run')[-1]['step']) == stop
+        resume = ('--init_from=resume',)
+    if stops[-1] < 22:
+        assert train_tiny(*RESUMED, *resume) == 0
+    assert runs.main(['status', str(tmp_path / 'run')]) == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_time_limit_checkpoint_holds_everything(train_tiny, tmp_path, unbroken, monkeypatch):
+    """METHODS §7 fault 3: the time-limit checkpoint crashes, never triggers, or omits γ, w, u and the mask."""
+    with monkeypatch.context() as patch:
+        clock = iter(range(10**9))
+        real = train.rate_at
+
+        def rate(s, *more):
+            if s == 12:                                         # time flies from step 13 on, after the first pruning
+                late = types.SimpleNamespace(time=lambda: 1e12 + next(clock), strftime=lambda f: '')
+                patch.setattr(train, 'time', late)
+            return real(s, *more)
+        patch.setattr(train, 'rate_at', rate)
+        assert train_tiny(*RESUMED, '--max_runtime=3600') == 85
+    saved = runs.load_checkpoint(str(tmp_path / 'run'))
+    assert saved['step'] == 13 and saved['phase'] == 'main' and saved['masks'] and saved['optimizer']['state']
+    for key in ('w', 'gamma', 'u'):
+        assert set(saved['procedure'][key]) == {n for n, t in saved['model'].items() if t.dim() >= 2}
+    assert any(float(u.max()) > 0.1 for u in saved['procedure']['u'].values())
+    assert train_tiny(*RESUMED, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_killed_after_a_checkpoint_leaves_no_gap_and_no_repeat(train_tiny, tmp_path, unbroken, monkeypatch):
+    """kill -9 some steps after the last checkpoint: log.txt and train_loss.csv must be cut back to it, not repeated."""
+    class Killed(BaseException):
+        """Not an Exception: nothing may catch it."""
+
+    real_rate, real_save = train.rate_at, runs.save_checkpoint
+
+    def rate(s, *more):
+        if s == 16:
+            raise Killed
+        return real_rate(s, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'rate_at', rate)
+        patch.setattr(runs, 'save_checkpoint', lambda path, c,
+                      *more: real_save(path, c, *more) if c['step'] <= 12 else None)
+        with pytest.raises(Killed):
+            train_tiny(*RESUMED, '--checkpoint_time=1e-9', '--log_interval=1')
+    with open(tmp_path / 'run' / 'train_loss.csv', 'a') as f:   # rows that reached the disk later
+        f.write('main,3,13,3328,9.9,0.1,1,1,5\nmain,3,14,3584,9.9,0.1,1,1,5\nmain,3,1')
+    assert runs.load_checkpoint(str(tmp_path / 'run'))['step'] == 12
+    assert train_tiny(*RESUMED, '--init_from=resume', '--log_interval=1') == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+    with open(tmp_path / 'run' / 'log.txt') as f:
+        steps = [line.split('step=')[1].split()[0] for line in f if ' train phase=' in line]
+    assert steps == [str(s) for s in range(1, 23)]
+
+
+def test_fp16_resume_keeps_the_loss_scale(train_tiny, tmp_path, monkeypatch):
+    """Under fp16 the scaler's state decides which steps are skipped: it must come back with the rest."""
+    flags = ('--dtype=float16', '--max_iters=6', '--final_train_blocks=0')
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *a, **k: real(*a, **dict(k, growth_interval=2)))
+    train_tiny(*flags, out='whole')
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert train_tiny(*flags, out='cut') == 85
+    assert train_tiny(*flags, '--init_from=resume', out='cut') == 0
+    whole, cut = (runs.load_checkpoint(str(tmp_path / n)) for n in ('whole', 'cut'))
+    assert whole['scaler']['scale'] > 65536 and same(whole['scaler'], cut['scaler'])
+    assert same(whole['model'], cut['model'])
+
+
+def test_init_from_takes_weights_and_masks_and_starts_at_step_0(train_tiny, tmp_path, unbroken):
+    """init_from = a run: its weights and masks, which then hold, and a fresh optimiser and count."""
+    assert train_tiny(f'--init_from={unbroken}', '--max_iters=5', '--final_train_blocks=0') == 0
+    parent, child = runs.load_checkpoint(str(unbroken)), runs.load_checkpoint(str(tmp_path / 'run'))
+    assert same(parent['masks'], child['masks']) and child['step'] == 5 and not same(parent['model'], child['model'])
+    assert all(not child['model'][n][~m].any() for n, m in child['masks'].items())
+    assert child['parent']['sha256'] == runs.parent_of(str(unbroken))['sha256'] != ''
+    first = float(losses_of(tmp_path / 'run')[0]['loss_nats'])
+    assert abs(first - float(losses_of(unbroken)[-1]['loss_nats'])) < 0.5
+
+
+def test_resume_where_nothing_was_saved_starts_from_scratch(train_tiny, tmp_path):
+    """A queue always launches with --init_from=resume; the first launch must simply start."""
+    assert train_tiny('--init_from=resume', '--max_iters=3', '--final_train_blocks=0', out='a') == 0
+    assert train_tiny('--max_iters=3', '--final_train_blocks=0', out='b') == 0
+    assert same(weights_of(tmp_path / 'a'), weights_of(tmp_path / 'b'))
+    assert losses_of(tmp_path / 'a') == losses_of(tmp_path / 'b')
+
+
+@pytest.mark.parametrize('change, words', [
+    ('--batch_size=16', ('batch_size', '16', '8')), ('--seed=1', ('seed', '858')),
+    ('--procedure=rl1', ("'rl1'", "'pmmp'")),
+    ('--order=random', ("'random'", "'permuted'")), ('--train_only_on_leading_tokens=4000', ('sha256', ':4000')),
+    ('--n_embd=64', ('n_embd: 32 there, 64 here',)), ('--no-online', ('online',))])
+def test_resume_with_other_data_or_shape_is_refused(change, words, train_tiny, tmp_path, unbroken):
+    """A resumed run with another batch, order, seed, data or shape would silently see other data."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3)
+        assert train_tiny(*RESUMED) == 85
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError) as e:
+        train_tiny(*RESUMED, '--init_from=resume', change)
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert snapshot(tmp_path) == before
+
+
+# --- bad input ---
+
+@pytest.mark.parametrize('flags, words', [
+    (['--alpha=-1e-7'], ('alpha = -1e-07', 'at least 0')),
+    (['--alpha=nan'], ('alpha = nan',)),
+    (['--batch_size=8', '--micro_batch_size=3'], ('batch_size = 8', 'micro_batch_size 3', 'nearest that is: 9')),
+    (['--batch_size=0'], ('batch_size = 0', 'at least 1')),
+    (['--alhpa=1'], ("'alhpa'", 'did you mean alpha')),
+    (['--epochs=lots'], ('lots', 'float')),
+    (['--epochs=inf'], ('epochs = inf',)),
+    (['--procedure=pmpm'], ("'pmpm'", "did you mean 'pmmp'")),
+    (['--initial_p_value=1.5'], ('initial_p_value = 1.5', '[0, 1]')),
+    (['--prune_by=gamma', '--procedure=rl1'], ("prune_by = 'gamma'", 'pmmp')),
+    (['--online', '--dropout=0.1'], ('online', 'dropout')),
+    (['--learning_rate=0'], ('learning_rate = 0.0', '> 0')),
+    (['--beta2=1.5'], ('beta2 = 1.5',)),
+    (['--adam_epsilon=-1'], ('adam_epsilon = -1',)),
+    (['--eval_blocks=-2'], ('eval_blocks = -2',)),
+    (['--dropout=1'], ('dropout = 1.0',)),
+    (['--positions=rotory'], ("did you mean 'rotary'",)),
+    (['--model=transformer4m'], ("'transformer4m'", 'transformer4.1m')),
+    (['--n_head=5'], ('n_embd = 32', 'n_head = 5')),
+    (['--device=gpu'], ("'gpu'", 'cuda')),
+    (['--dtype=fp16'], ("'fp16'", 'float16')),
+    (['--dataset=wiki40b_en'], ('wiki40b_en', 'prepare_wiki40b.py')),
+    (['--train_only_on_leading_tokens=999999'], ('999,999', '4,096')),
+    (['--epochs=0'], ('nothing to train', 'epochs')),
+    (['--init_from=nowhere'], ("'nowhere'", 'no checkpoint')),
+    (['--alpha=-1', '--beta=-2', '--schedule=cosin'], ('alpha = -1', 'beta = -2', "did you mean 'cosine'")),
+], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
+def test_bad_knob_is_one_line_and_touches_nothing(flags, words, train_tiny, tmp_path, unbroken):
+    """Bad input: one line with value, expectation and cure; even with --overwrite a finished run must survive it."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name, content in snapshot(unbroken).items():
+        (folder / name).write_bytes(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError) as e:
+        train_tiny('--overwrite', *flags)
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_finished_run_is_refused_without_overwrite(toy, unbroken):
+    """Hours of training must not be replaced by a second launch, and a finished run has nothing to resume."""
+    before, argv = snapshot(unbroken), [*TINY, f'--out_dir={unbroken}', '--dataset=toy', f'--data_dir={toy}', *RESUMED]
+    with pytest.raises(UserError, match='--overwrite'):
+        train.main(argv)
+    with pytest.raises(UserError, match='finished'):
+        train.main([*argv, '--init_from=resume'])
+    assert snapshot(unbroken) == before
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda p: os.truncate(p, os.path.getsize(p) // 2), ('cut short',)),
+    (lambda p: torch.save(dict(model={}), p), ('nanomdl-ckpt-1',))], ids=('half', 'foreign'))
+@pytest.mark.parametrize('flag', ('--init_from={}', '--init_from=resume'))
+def test_damaged_checkpoint_is_refused_and_left_alone(damage, words, flag, train_tiny, tmp_path):
+    """A cut or foreign checkpoint: one line, not a traceback, and nothing overwritten."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        assert train_tiny('--max_iters=4') == 85
+    damage(tmp_path / 'run' / 'ckpt.pt')
+    before = snapshot(tmp_path)
+    other = flag.format(tmp_path / 'run')
+    with pytest.raises(UserError) as e:
+        train_tiny('--max_iters=4', other, out='run' if 'resume' in other else 'new')
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_checkpoint_of_another_shape_is_refused(train_tiny, tmp_path, unbroken):
+    """A checkpoint of another shape: the message names what differs, and the run to be replaced is still there."""
+    train_tiny('--max_iters=1', '--final_train_blocks=0')
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match='n_embd: 32 there, 64 here.*shape') as e:
+        train_tiny('--n_embd=64', f'--init_from={unbroken}', '--max_iters=1', '--overwrite')
+    assert '\n' not in str(e.value) and snapshot(tmp_path) == before
+
+
+def test_a_run_cannot_clear_the_checkpoint_it_starts_from(train_tiny, tmp_path):
+    """--init_from=X --out_dir=X --overwrite would delete X before it is read."""
+    train_tiny('--max_iters=2', '--final_train_blocks=0')
+    before = snapshot(tmp_path)
+    for parent in (tmp_path / 'run', tmp_path / 'run' / 'best.pt'):
+        with pytest.raises(UserError, match='out_dir'):
+            train_tiny('--max_iters=1', f'--init_from={parent}', '--overwrite')
+        assert snapshot(tmp_path) == before
+
+
+def test_damaged_data_stops_before_the_run_folder_is_touched(train_tiny, tmp_path):
+    """A truncated .bin and an id above the vocabulary: one line, and --overwrite has not yet overwritten."""
+    data_dir = str(tmp_path / 'data')
+    write_dataset(data_dir)
+    assert train_tiny('--max_iters=1', '--final_train_blocks=0', data_dir=data_dir) == 0
+    os.truncate(os.path.join(data_dir, 'toy', 'val.bin'), 100)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match='val.bin has 100 bytes.*2000 tokens.*prepare_text.py'):
+        train_tiny('--max_iters=1', '--overwrite', data_dir=data_dir)
+    assert snapshot(tmp_path) == before
+
+
+def test_pruning_needs_a_validation_split(train_tiny, tmp_path):
+    """Validation never aliases training: without a split TAMADE is refused, and plain training works."""
+    write_dataset(str(tmp_path / 'data'), splits=('train',))
+    with pytest.raises(UserError, match='no validation split'):
+        train_tiny('--do_pruning', '--max_iters=1', data_dir=str(tmp_path / 'data'))
+    assert train_tiny('--max_iters=1', data_dir=str(tmp_path / 'data')) == 0
+    write_dataset(str(tmp_path / 'data'), sizes=(500, 0, 10))
+    with pytest.raises(UserError, match='val'):
+        train_tiny('--do_pruning', '--max_iters=1', data_dir=str(tmp_path / 'data'), out='empty')
+
+
+@pytest.mark.parametrize('batch, ranks, micro', [(8, 3, 0), (4, 8, 0), (16, 2, 3)])
+def test_batch_that_ranks_cannot_share_shows_the_numbers(batch, ranks, micro):
+    """The effective batch is one number; what does not divide it must be said with the nearest that does."""
+    knobs(f'--batch_size={batch}', f'--micro_batch_size={micro}')
+    with pytest.raises(UserError, match=f'batch_size = {batch} is not a multiple of {ranks} ranks'):
+        train.check_knobs(ranks)
+
+
+# --- as a user calls it ---
+
+def test_mistake_on_the_command_line_is_one_line_and_exit_1(tmp_path, toy):
+    """A traceback where one line would do; nothing on stdout, nothing on disk."""
+    done = run_script(os.path.join(ROOT, 'train.py'), '--alpha=-1', f'--data_dir={toy}', '--dataset=toy', cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == '' and done.stderr.count('\n') == 1 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith('error: alpha = -1.0, expected at least 0')
+
+
+def test_a_paused_process_exits_with_85_and_so_does_its_status(tmp_path, toy):
+    """An sbatch file requeues on 85: from a real process that ran out of time."""
+    done = run_script(os.path.join(ROOT, 'train.py'), *TINY, f'--data_dir={toy}', '--dataset=toy', '--max_runtime=1e-6',
+                      cwd=tmp_path)
+    assert done.returncode == 85, done.stderr
+    assert run_script(os.path.join(ROOT, 'runs.py'), 'status', 'out/run', cwd=tmp_path).returncode == 85
+    assert len(losses_of(tmp_path / 'out' / 'run')) == 1
+
+
+MEMORY = '''
+import sys
+import torch
+import runs, train
+torch.set_num_threads(1)
+real, peak = train.rate_at, {}
+def rate(*more):
+    peak[name] = max(peak.get(name, 0), runs.rss_anon_bytes())
+    return real(*more)
+train.rate_at = rate
+for name in ('small', 'small', 'large'):
+    folder = f'--data_dir={sys.argv[1]}', f'--out_dir={sys.argv[1]}/run'
+    train.main([*sys.argv[2:], *folder, f'--dataset={name}', '--overwrite'])
+    peak[name] = max(peak[name], runs.rss_anon_bytes())
+print(peak['small'], peak['large'])
+'''
+
+
+@pytest.mark.parametrize('order', ('permuted',))
+def test_memory_does_not_grow_with_the_data(tmp_path, order):
+    """METHODS §7 fault 8: int64 data copied whole; a 2 GB train.bin must cost at most 50 MB more than one of 10 MB."""
+    for name, size in (('small', 10 << 20), ('large', 2 << 30)):
+        write_dataset(str(tmp_path), name, sizes=(100, 3200, 100))
+        os.truncate(tmp_path / name / 'train.bin', size)        # a sparse file: takes no space
+        meta = json.loads((tmp_path / name / 'meta.json').read_text())
+        meta['splits']['train'].update(tokens=size, text_bytes=size, sha256='')
+        (tmp_path / name / 'meta.json').write_text(json.dumps(meta))
+    (tmp_path / 'memory.py').write_text(MEMORY)
+    done = run_script(tmp_path / 'memory.py', tmp_path, *TINY, '--max_iters=4', '--final_train_blocks=2',
+                      f'--order={order}', '--do_pruning')
+    assert done.returncode == 0, done.stderr
+    small, large = map(int, done.stdout.split('\n')[-2].split())
+    assert 0 < small and large - small < 50 << 20
+
+
+# --- several ranks ---
+
+@pytest.fixture(scope='module')
+def two_ranks(tmp_path_factory, toy):
+    """Run all multi-rank trainings under one torchrun with two gloo ranks, and the same ones in this process."""
+    folder = tmp_path_factory.mktemp('ranks')
+    short = ('--epochs_prelude=0.25', '--max_iters=12', '--initial_u_value=0.1', '--epochs_fine_tuning=0.25',
+             '--do_pruning', '--grad_clip=1',
+             '--tolerated_relative_loss_increase=0.05', '--train_only_on_leading_tokens=4001', '--eval_interval=4')
+    flags = {p: (f'--procedure={p}', '--alpha=1e-4', *short) for p in ('vanilla', 'rl1', 'drr', 'pmmp')}
+    flags['long'] = ('--procedure=pmmp', '--alpha=1e-4', '--epochs_prelude=0.25', '--max_iters=200', '--do_pruning',
+                     '--first_pruning_after=5',
+                     '--prune_every=5', '--final_train_blocks=8', '--initial_u_value=0.01')
+
+    def argv(name, where, *more):
+        return [*TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={folder / where / name}', *flags[name], *more]
+    jobs = [[name, -1, -1, argv(name, 'two')] for name in flags]
+    flags['cut'] = flags['pmmp']
+    jobs += [['cut', 1, 9, argv('cut', 'two')], ['cut', -1, -1, argv('cut', 'two', '--init_from=resume')]]
+    (folder / 'jobs.json').write_text(json.dumps(jobs))
+    done = torchrun(2, os.path.join(ROOT, 'tests', 'ddp_worker.py'), folder / 'jobs.json')
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ('vanilla', 'rl1', 'drr', 'pmmp'):
+        assert train.main(argv(name, 'one')) == 0
+    return folder
+
+
+@pytest.mark.parametrize('name', ('vanilla', 'rl1', 'drr', 'pmmp'))
+def test_two_ranks_give_the_losses_of_one_process(name, two_ranks):
+    """A batch, penalty or loss that depends on the number of ranks; faults 5 and 7: sums over one rank's share."""
+    one, two = losses_of(two_ranks / 'one' / name), losses_of(two_ranks / 'two' / name)
+    assert len(one) == len(two) == 20 and [r['tokens'] for r in one] == [r['tokens'] for r in two]
+    assert max(abs(float(a['loss_nats']) - float(b['loss_nats'])) for a, b in zip(one[:16], two[:16])) < 1e-5
+    a, b = (runs.read_run(two_ranks / n / name) for n in ('one', 'two'))
+    assert abs(a['epsilon'] - b['epsilon']) < 1e-4 and abs(a['non_zero_params'] / b['non_zero_params'] - 1) < 1e-2
+    for key in ('mean_train_loss', 'mean_test_loss', 'final_val_loss'):
+        assert abs(a[key] - b[key]) < 1e-3, key
+    assert a['tokens_seen'] == b['tokens_seen'] and b['n_processes'] == 2
+
+
+def test_replicas_are_identical_after_200_pmmp_steps(two_ranks):
+    """METHODS §7 fault 1: PMMP replicas drift apart; fault 7: per-rank thresholds in TAMADE give per-rank masks."""
+    zero, one = (torch.load(two_ranks / 'two' / 'long' / f'long-theta-{r}.pt') for r in (0, 1))
+    assert len(losses_of(two_ranks / 'two' / 'long')) == 204 and same(zero, one)
+    assert same(zero, weights_of(two_ranks / 'two' / 'long'))
+    assert runs.read_run(two_ranks / 'two' / 'long')['n_prunings'] >= 2
+    assert (zero['blocks.0.feed_forward.up.weight'] == 0).any()
+
+
+@pytest.mark.parametrize('name', ('pmmp', 'long'))
+def test_w_equals_theta_on_every_rank_at_the_start_of_main(name, two_ranks):
+    """METHODS §7 faults 1 and 2: w copied from a per-rank random init, or before the prelude."""
+    starts = [torch.load(two_ranks / 'two' / name / f'{name}-start-{r}.pt') for r in (0, 1)]
+    assert same(starts[0]['w'], starts[0]['theta']) and same(starts[1]['w'], starts[1]['theta'])
+    assert same(starts[0], starts[1])
+
+
+def test_a_signal_on_one_rank_pauses_all_and_resume_is_bit_exact(two_ranks):
+    """A queue signals one process; ranks that stop at different steps hang, and resume must end on the same bits."""
+    assert same(weights_of(two_ranks / 'two' / 'cut'), weights_of(two_ranks / 'two' / 'pmmp'))
+    assert losses_of(two_ranks / 'two' / 'cut') == losses_of(two_ranks / 'two' / 'pmmp')
+    assert [(two_ranks / 'two' / 'cut' / f'cut-status-{r}').read_text() for r in (0, 1)] == ['0', '0']
+    log = (two_ranks / 'two' / 'cut' / 'log.txt').read_text()
+    assert log.count('paused step=10') == 1
