@@ -1,0 +1,289 @@
+"""Evaluate checkpoints on data sets: loss, bits per byte, accuracy, description lengths, and compressors beside them.
+
+    python eval.py --from_ckpt=out/sample_pmmp                                  the run's own data set, test split
+    python eval.py --from_ckpt=out/a,out/b --dataset=sample,mine --baselines    2 checkpoints x 2 sets, and xz & co.
+    python eval.py --from_ckpt=out/a --description_length                       the training split too: two-part lengths
+    python eval.py --from_ckpt=out/a --minimal_context_window=192               every byte sees at least 192 before it
+
+In: run folders or checkpoint files, data sets. Out: one table, and out/eval-HASH/{run.json, table.md, table.csv}; HASH
+is of the knobs, checkpoints and data, so the same evaluation lands in the same folder. Each token is scored once.
+Totals are two-part code lengths, model bytes + data bytes, by what a weight costs: raw, 4 bytes each; nnz4, 4 bytes per
+non-zero without its index (published figures do this; nothing decodes it); bits_est, the entropy of the 8-bit tensors.
+archive_bytes is the size of a file that decodes, model included. online_bytes is the code length of the first pass of
+training, each batch coded before its update: no model to send. Compressors' own programs are not counted.
+"""
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+
+from configurator import UserError, at_least, configure, one_of, require, run
+
+# -----------------------------------------------------------------------------
+from_ckpt = ''                  # run folders or checkpoint files, comma-separated; '' = compressors only
+data_dir = 'data'
+dataset = ''                    # data sets, comma-separated; '' = each checkpoint's own
+split = 'test'                  # splits, comma-separated
+max_tokens = 0                  # leading tokens of each split; 0 = the whole split
+verify = False                  # check the SHA-256 of the data first
+block_size = 0                  # tokens a row scores; 0 = the checkpoint's own
+batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens
+minimal_context_window = 0      # tokens that every scored one sees before it, where they exist; 0 = blocks side by side
+first_token = 'score'           # 'score', or 'skip': a block's first token is input only, as in published GPT-2 figures
+description_length = False      # score the training split too
+archive = ''                    # archive files, comma-separated, one per checkpoint; '' = what the run's run.json knows
+baselines = False               # compressors on the same bytes
+baseline_timeout = 600.0        # seconds for each external compressor
+out = 'out'                     # where eval-HASH goes
+device = 'auto'
+dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
+# -----------------------------------------------------------------------------
+
+SHOWN = ('run data tokens loss_nats bits_per_byte perplexity accuracy data_bytes raw_total_bytes nnz4_total_bytes '
+         'bits_est_total_bytes archive_bytes online_bytes seconds').split()
+PIECE = 1 << 20                 # bytes given to a compressor at a time
+
+
+def listed(text):
+    return [part.strip() for part in text.split(',') if part.strip()]
+
+
+# --- compressors ---
+
+class Brotli:
+    """Give brotli's compressor the method names of the others."""
+
+    def __init__(self, brotli):
+        stream = brotli.Compressor(quality=11, lgwin=24)
+        self.compress, self.flush = stream.process, stream.finish
+
+
+def streams():
+    """Return {name: make}; make(n_bytes) gives a fresh compressor object with compress(bytes) and flush()."""
+    import bz2
+    import lzma
+    import zlib
+
+    def xz(n):
+        """Make an xz -9e whose dictionary is no larger than the text: clearing 64 MiB for each block took 40 ms."""
+        size = min(max(n, 4096), 64 << 20)
+        return lzma.LZMACompressor(filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, dict_size=size)])
+
+    found = {'gzip -9': lambda n: zlib.compressobj(9, zlib.DEFLATED, 31), 'bzip2 -9': lambda n: bz2.BZ2Compressor(9),
+             'xz -9e': xz}
+    try:
+        import zstandard as zstd
+
+        def long_range(n):
+            options = zstd.ZstdCompressionParameters.from_level(22, source_size=n, window_log=27, enable_ldm=True)
+            return zstd.ZstdCompressor(compression_params=options).compressobj(size=n)
+
+        found['zstd -19'] = lambda n: zstd.ZstdCompressor(level=19).compressobj(size=n)
+        found['zstd --ultra -22 --long=27'] = long_range
+    except ImportError:
+        pass
+    try:
+        import brotli
+        found['brotli -q 11'] = lambda n: Brotli(brotli)
+    except ImportError:
+        pass
+    return found
+
+
+def tools(n_bytes):
+    """Return {name: command} of the external compressors on PATH; FILE and OUT in a command stand for the paths."""
+    block_mib = min(511, max(1, -(-n_bytes >> 20)))                     # bzip3: one block if it can hold the file
+    known = (('bzip3', ('bzip3',), f'-e -b {block_mib} FILE OUT'),
+             ('7z PPMd', ('7zz', '7z', '7za'), 'a -bd -y -mx=9 -m0=PPMd OUT.7z FILE'),
+             ('zpaq -m5', ('zpaq',), 'add OUT.zpaq FILE -m5'))
+    here = ((name, next(filter(None, map(shutil.which, programs)), ''), rest) for name, programs, rest in known)
+    return {name: [path, *rest.split()] for name, path, rest in here if path}
+
+
+def stream_bytes(make, data, block=0, progress=''):
+    """Return the compressed size of a byte array: whole, or the sum over pieces of `block` bytes, each on its own."""
+    from tqdm import tqdm
+    step, total, stream = block or PIECE, 0, None
+    for i in tqdm(range(0, max(len(data), 1), step), progress, leave=False, disable=not progress):
+        piece = data[i:i + step].tobytes()
+        stream = stream or make(len(piece) if block else len(data))
+        total += len(stream.compress(piece))
+        if block or i + step >= len(data):
+            total += len(stream.flush())
+            stream = None
+    return total
+
+
+def tool_bytes(command, data, timeout):
+    """Return the size of what an external compressor makes of a byte array; UserError if it fails or takes too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, packed = os.path.join(folder, 'text'), os.path.join(folder, 'packed')
+        with open(source, 'wb') as f:
+            for i in range(0, len(data), PIECE):
+                f.write(data[i:i + PIECE].tobytes())
+        command = [command[0], *(part.replace('OUT', packed).replace('FILE', source) for part in command[1:])]
+        try:
+            subprocess.run(command, check=True, timeout=timeout, capture_output=True, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise UserError(f'stopped after {timeout:g} s; give it more with --baseline_timeout=') from None
+        except (OSError, subprocess.CalledProcessError) as e:
+            raise UserError(f'failed: {e}') from None
+        made = [os.path.join(folder, name) for name in os.listdir(folder) if name.startswith('packed')]
+        if not made:
+            raise UserError('ended well but left no output')
+        return os.path.getsize(made[0])
+
+
+def baseline_rows(data, blocks):
+    """Run every compressor on one byte-level split, the whole file, then per block of each size; yield table rows."""
+    n = data.n_tokens
+    jobs = [(name, 0, lambda make=make, name=name: stream_bytes(make, data.tokens, 0, name))
+            for name, make in streams().items()]
+    jobs += [(name, 0, lambda command=command: tool_bytes(command, data.tokens, baseline_timeout))
+             for name, command in tools(n).items()]
+    jobs += [(f'{name}, each {block} bytes alone', block,
+              lambda make=make, name=name, block=block: stream_bytes(make, data.tokens, block, f'{name}, per block'))
+             for block in blocks for name, make in streams().items()]
+    for name, block, job in jobs:
+        started = time.time()
+        try:
+            size = job()
+        except UserError as e:
+            print(f'{name} on {data.name}/{data.split}: {e}')
+            continue
+        row = dict(run=name, data=f'{data.name}/{data.split}', dataset=data.name, split=data.split, tokens=n,
+                   text_bytes=n, data_bytes=size, bits_per_byte=8 * size / max(n, 1),
+                   seconds=round(time.time() - started, 2))
+        yield dict(row, per_block=block) if block else dict(row, archive_bytes=size)
+
+
+# --- models ---
+
+def name_of(path):
+    """Short name of a checkpoint: its run folder's, with the file's where that is not ckpt.pt."""
+    folder, file = (path, 'ckpt.pt') if os.path.isdir(path) else os.path.split(path)
+    folder = os.path.basename(os.path.abspath(folder))
+    return folder if file == 'ckpt.pt' else f'{folder}/{file.removesuffix(".pt")}'
+
+
+def check_fit(path, checkpoint, data):
+    """Raise UserError where a checkpoint cannot score a data set under these knobs."""
+    tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
+    length, longest = block_size or args['block_size'], args['block_size']
+    require((tokenizer == data.tokenizer and data.vocab_size <= args['vocab_size'],
+             f"{path} reads {tokenizer!r} tokens with a vocabulary of {args['vocab_size']}, data set {data.name!r}"
+             f' holds {data.tokenizer!r} tokens with {data.vocab_size}; prepare the text with the tokenizer of the'
+             ' checkpoint'),
+            (length <= longest, f'block_size = {block_size}, {path} was built for at most {longest}'),
+            (minimal_context_window <= length,
+             f'minimal_context_window = {minimal_context_window}, expected at most {length}, the rows of {path}'),
+            (first_token == 'score' or length > 1, 'first_token = skip needs a block_size of at least 2'))
+
+
+def known_bytes(path, data, own, file):
+    """Return what is known beside the losses: the archive's size and, on the run's training data, its online length."""
+    import runs
+    facts = runs.read_run(path if os.path.isdir(path) else os.path.dirname(path) or '.')
+    found = {}
+    if file or facts.get('archive_bytes') and facts.get('archive_sha256') == data.sha256:
+        found['archive_bytes'] = os.path.getsize(file) if file else facts['archive_bytes']
+    if own and data.split == 'train' and facts.get('online_description_length_bytes') and not max_tokens:
+        found['online_bytes'] = facts['online_description_length_bytes']
+    return found
+
+
+def model_rows(path, bins, file, env):
+    """Score one checkpoint on every data set of bins {(set, split): Bin} that is meant for it; yield table rows."""
+    import runs
+    import score
+    import sparse
+    model, checkpoint = runs.load_model(path, env.device)
+    sizes, length = sparse.model_sizes(model), block_size or model.config.block_size
+    for (name, part), data in bins.items():
+        own = name == checkpoint['data']['dataset']
+        if not (own or dataset):
+            continue
+        started = time.time()
+        found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
+                               minimal_context_window, progress=f'{name_of(path)} on {name}/{part}',
+                               skip_first=first_token == 'skip')
+        found['data_bytes'] = round(found['data_bytes'])
+        totals = {f'{form}_total_bytes': found['data_bytes'] + sizes[f'{form}_bytes']
+                  for form in ('raw', 'nnz4', 'bits_est')}
+        yield dict(run=name_of(path), data=f'{name}/{part}', dataset=name, split=part, from_ckpt=path,
+                   seq_length=length, **found, **sizes, **totals, **known_bytes(path, data, own, file),
+                   seconds=round(time.time() - started, 2))
+
+
+def main(argv=None):
+    config = configure(globals(), argv)
+    paths, sets, splits, archives = listed(from_ckpt), listed(dataset), listed(split), listed(archive)
+    splits += ['train'] if description_length and 'train' not in splits else []
+    require((paths or baselines and sets, 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN, or --baselines'
+             ' with a --dataset'), (splits, 'split is empty; write --split=test'),
+            one_of('first_token', first_token, ('score', 'skip')),
+            *(at_least(k, globals()[k], 0)
+              for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window')),
+            (first_token == 'score' or not minimal_context_window,
+             'first_token = skip cuts blocks side by side; drop minimal_context_window'),
+            (len(archives) in (0, len(paths)),
+             f'archive names {len(archives)} files for {len(paths)} checkpoints, expected one each'),
+            *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py pack CKPT FILE {p}')
+              for p in archives))
+    import runs
+    from bins import open_bin
+    env = runs.Env(device, dtype)
+
+    # every input is opened and checked before the first is scored
+    bins = {(name, part): open_bin(data_dir, name, part, verify).head(max_tokens)
+            for name in sets for part in splits}
+    parents, blocks = [], {block_size} - {0}
+    for path in paths:
+        checkpoint = runs.load_checkpoint(path)
+        own = checkpoint['data']['dataset']
+        for part in () if sets else splits:
+            if (own, part) not in bins:
+                bins[own, part] = open_bin(data_dir, own, part, verify).head(max_tokens)
+        for (name, _), data in bins.items():
+            if sets or name == own:
+                check_fit(path, checkpoint, data)
+        parents.append(runs.parent_of(path))
+        blocks.add(block_size or checkpoint['model_args']['block_size'])
+    identity = sorted(config.items()), [p['sha256'] for p in parents], [data.sha256 for data in bins.values()]
+    folder = os.path.join(out, f'eval-{hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()}')
+    if env.main:
+        os.makedirs(folder, exist_ok=True)
+    record, rows = runs.RunRecord(folder, config, env, parents=parents), []
+
+    def add(row):
+        rows.append(row)
+        record.update(rows=rows)
+
+    for i, path in enumerate(paths):
+        for row in model_rows(path, bins, archives[i] if archives else '', env):
+            add(row)
+    env.close()
+    if not env.main:
+        return 0
+    if baselines:
+        for data in bins.values():
+            if data.tokenizer != 'byte':
+                print(f'no baselines on {data.name}/{data.split}: its .bin holds {data.tokenizer} ids, not the text')
+                continue
+            for row in baseline_rows(data, sorted(blocks)):
+                add(row)
+        absent = {'zstd -19', 'brotli -q 11', 'bzip3', '7z PPMd', 'zpaq -m5'} - set(streams()) - set(tools(0))
+        print(f'compressors not here: {", ".join(sorted(absent)) or "none"}')
+    table = runs.markdown(rows, [c for c in SHOWN if any(c in r for r in rows)])
+    with open(os.path.join(folder, 'table.md'), 'w', encoding='utf-8') as f:
+        f.write(table + '\n')
+    runs.write_csv(os.path.join(folder, 'table.csv'), rows)
+    record.update(status='done')
+    print(f'{table}\nwrote {folder}')
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)
