@@ -1,0 +1,427 @@
+"""Integer-valued inference of model.GPT: the same frequencies from any device, batch, thread count or kernel.
+
+In: a model's shape, its weights as integers with scales (weights.py), its sites: a fixed-point scale per activation.
+Out: per position a row of V integer frequencies, the only thing an entropy coder sees. Imported by the codec's files.
+
+Why it is exact. A sum of integers is the same in any order while every partial sum fits the mantissa: float32 where
+sum |a||b| < 2^24, float64 where it is < 2^53, int32 where int8 products (torch._int_mm) are faster. Every product
+and every norm sums integers under such a bound, proven from the weights as they are and a clamp on the activations; a
+model that breaks one is refused. What lies between is element by element, one correctly rounded IEEE operation per
+kernel (add, multiply, divide, sqrt, round half to even), hence the same everywhere. exp, activations, sines and cosines
+are tables made with Python integers, never by libm.
+
+Shapes: B rows, T positions, C channels, H heads, D head width, V vocabulary, W positions of a cache.
+"""
+import functools
+import hashlib
+import math
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+FRACTION = 128                                  # fractional bits of the integers that tables are computed with
+ONE = 1 << FRACTION
+EXP_STEPS = 256                                 # entries per nat of the exponential tables
+FREQUENCY_TOP = 1 << 24                         # frequency of the likeliest symbol; every symbol has at least 1
+ACTIVATION_ENTRIES = 8192                       # of the activation table, half of them for negative inputs
+SITES = ('x1', 'a1', 'q', 'k', 'v', 'o', 'x2', 'a2', 'u', 'd')      # per block; then x, a of the head
+WIDE_LIMIT = 1 << 20                            # clamp of activations whose matrix product runs in float64
+LIMB_LIMIT = 63 * 128 + 63                      # clamp of the others: two limbs of [-64, 63] in base 128 hold it
+INT8_FROM, INT8_ROWS = 1 << 16, 256             # entries of a matrix from which int8 is faster; rows at a time (cache)
+EPSILON = 1e-5                                  # of every norm in model.py
+NORM_SCALE = 4096.0                             # fixed point of queries and keys that QK-norm normalises
+SCORES_AT_ONCE = 1 << 20                        # attention scores held at a time (4 MB: they stay in the cache)
+
+
+# --- tables from integer arithmetic ---
+
+def _exp_neg(n, d):
+    """exp(-n/d) with FRACTION bits for integers n >= 0, d > 0: Taylor series of a 1024th, squared ten times."""
+    x, total, term, k = (n << FRACTION) // d >> 10, ONE, ONE, 1
+    while term:
+        term = term * x // k >> FRACTION
+        total += -term if k % 2 else term
+        k += 1
+    for _ in range(10):
+        total = total * total >> FRACTION
+    return total
+
+
+@functools.lru_cache(None)
+def _constants():
+    """pi (Machin) and ln 10000 = 16 ln 2 + 4 ln 625/512... = 4 (3 ln 2 + ln 5/4), with FRACTION bits."""
+    def series(n, alternate):                   # arctan(1/n), or artanh(1/n)
+        total, term, k = 0, ONE // n, 1
+        while term:
+            total += -(term // k) if alternate and k % 4 == 3 else term // k
+            term, k = term // (n * n), k + 2
+        return total
+    return 4 * (4 * series(5, True) - series(239, True)), 4 * (3 * 2 * series(3, False) + 2 * series(9, False))
+
+
+@functools.lru_cache(None)
+def exp_table(top, floor):
+    """Integers top·exp(-i/EXP_STEPS), i = 0, 1, ..., until they round to 0; at least floor; float64 (n,)."""
+    values = [top]
+    while values[-1]:
+        values.append((_exp_neg(len(values), EXP_STEPS) * top + ONE // 2) >> FRACTION)
+    return np.maximum(np.array(values, np.float64), floor)
+
+
+@functools.lru_cache(None)
+def activation_table(kind, step_bits):
+    """The activation at (i - N/2)/2^step_bits, i < N = ACTIVATION_ENTRIES, as int64 with 32 fractional bits."""
+    pi, half = _constants()[0], ACTIVATION_ENTRIES // 2
+    up, root = [], math.isqrt((2 * ONE * ONE // pi) * ONE)                      # root = sqrt(2/pi)
+    for n in range(half + 1):
+        x = (n << FRACTION) >> step_bits
+        if kind == 'relu2':
+            gate = x
+        elif kind == 'gelu_tanh':               # x·sigmoid(2u), u = sqrt(2/pi)·(x + 0.044715 x^3)
+            u = root * (x + 44715 * (x * x >> FRACTION) * x // 1000000 // ONE) >> FRACTION
+            gate = ONE * ONE // (ONE + _exp_neg(2 * u, ONE))
+        else:                                   # x·Phi(x), Phi(x) = 1/2 + phi(x)·(x + x^3/3 + x^5/15 + ...)
+            total, term, k = 0, x, 1
+            while term and x < 9 * ONE:
+                total, k = total + term, k + 2
+                term = (term * x >> FRACTION) * x // k >> FRACTION
+            density = (root * _exp_neg(n * n, 2 << 2 * step_bits) >> FRACTION) // 2
+            gate = ONE if x >= 9 * ONE else ONE // 2 + (density * total >> FRACTION)
+        up.append((x * gate >> FRACTION) + (1 << FRACTION - 33) >> FRACTION - 32)
+    down = [0 if kind == 'relu2' else up[n] - ((n << 32) >> step_bits) for n in range(half, 0, -1)]
+    return np.array(down + up[:half], np.int64)
+
+
+@functools.lru_cache(None)
+def rotation_table(n_positions, width):
+    """cos and sin of t·10000^(-2i/width) as float64 (T, ceil(width/2)): integers with 24 fractional bits, exact."""
+    log_base, n = _constants()[1], (width + 1) // 2
+    cos, sin = [], []
+    for i in range(n):
+        angle, term, k, parts = _exp_neg(log_base * 2 * i, ONE * width), ONE, 0, [0, 0]
+        while term:
+            parts[k % 2] += -term if k % 4 > 1 else term
+            k += 1
+            term = term * angle // k >> FRACTION
+        cos.append(parts[0])
+        sin.append(parts[1])
+    step_c, step_s = np.array(cos, object), np.array(sin, object)
+    c, s = np.full(n, ONE, object), np.full(n, 0, object)
+    rows = []
+    for _ in range(n_positions):
+        rows.append(((np.stack((c, s)) + (1 << FRACTION - 25)) >> FRACTION - 24).astype(np.float64))
+        c, s = (c * step_c - s * step_s) >> FRACTION, (c * step_s + s * step_c) >> FRACTION
+    both = np.stack(rows) / (1 << 24)
+    return both[:, 0], both[:, 1]
+
+
+def tables_hash(args):
+    """Hash of the tables a model of this shape uses: in the archive's header, so that other arithmetic is refused."""
+    h = hashlib.sha256(exp_table(FREQUENCY_TOP, 1).tobytes() + activation_table(args['activation'], 8).tobytes())
+    h.update(np.stack(rotation_table(min(64, args['block_size']), args['n_embd'] // args['n_head'])).tobytes())
+    return h.hexdigest()[:16]
+
+
+# --- scales ---
+
+def scale_of(code):
+    """The scale (1 + (code mod 4)/4)·2^floor(code/4): four steps per octave, exact in any float format."""
+    return (1 + code % 4 / 4) * 2.0 ** (code // 4)
+
+
+def code_below(value):
+    """The largest scale code whose scale is at most value."""
+    code = 4 * math.floor(math.log2(value)) + 4
+    while scale_of(code) > value:
+        code -= 1
+    return code
+
+
+def norm_bits(width):
+    """Bits of a norm's input: its squared deviations, one bit wider, sum over width below 2^53."""
+    return (53 - math.ceil(math.log2(width))) // 2 - 1
+
+
+def attention_limits(wide, head_width, block_size):
+    """Return (clamp of q and k, clamp of v, total of the attention weights) under 2^24, or 2^53 if wide.
+
+    Weights w_t = round(p_t·total/sum p) sum to at most total + W/2 + 2, so |sum w_t v_t| <= (total + W/2 + 2)·clamp.
+    """
+    if wide:
+        return WIDE_LIMIT, WIDE_LIMIT, 1 << 24
+    return math.isqrt(((1 << 24) - 1) // head_width), ((1 << 24) - 1) // ((1 << 14) + block_size // 2 + 2), 1 << 14
+
+
+def product_limit(q, wide):
+    """Clamp of activations a that keeps partial sums of q @ a exact, q integers (out, in); UserError if none does."""
+    largest = max(1, int(np.abs(q.astype(np.int64)).sum(1).max()))
+    if largest * WIDE_LIMIT >= 1 << 53:
+        raise UserError(f'a row\'s weights sum to {largest}: times {WIDE_LIMIT} float64 is not exact; use fewer bits')
+    return WIDE_LIMIT if wide else min(LIMB_LIMIT, max(1, ((1 << 24) - 1) // largest))
+
+
+# --- the device ---
+
+@functools.lru_cache(None)
+def known_answer(device):
+    """Test products with extreme values against int64; returns the dtypes that are exact here, float64 first."""
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rng, good = np.random.default_rng(7), []
+    for dtype, bits in ((torch.float64, 53), (torch.float32, 24)):
+        exact = True
+        for b, m, k, n in ((0, 1, 64, 192), (0, 67, 256, 130), (0, 5, 1024, 33), (6, 1, 16, 200), (6, 33, 200, 16)):
+            low = 1 << bits // 2 - 3
+            high = ((1 << bits) - 1) // (low * k)
+            x = rng.choice([-low, low, low - 1, 1, 0, low // 2 + 1], (max(b, 1), m, k))
+            y = rng.choice([-high, high, high - 1, 1, 0, high // 2 + 1], (max(b, 1), k, n))
+            x[:, 0], y[:, :, 0] = low, high                                     # one sum that reaches the bound
+            got = torch.matmul(torch.tensor(x, dtype=dtype, device=device), torch.tensor(y, dtype=dtype, device=device))
+            exact &= bool(np.array_equal(got.cpu().numpy().astype(np.int64), x.astype(np.int64) @ y.astype(np.int64)))
+        good += [dtype] if exact else []
+    if torch.device(device).type == 'cpu':      # int8: a second factor outside [-64, 63] saturates on some CPUs
+        a, limb = rng.choice([-64, 63, 62, -1], (33, 512)), rng.choice([-64, 63, 62, -1], (512, 96))
+        a[0], limb[:, 0], a[1], limb[:, 1] = -64, -64, 63, 63
+        got = torch._int_mm(torch.tensor(a, dtype=torch.int8), torch.tensor(limb, dtype=torch.int8))
+        good += [torch.int8] if np.array_equal(got.numpy(), a @ limb) else []
+    if torch.float64 not in good:
+        raise UserError(f'{device} does not sum integers exactly in float64; use --device=cpu')
+    return tuple(good)
+
+
+class Exact:
+    """A GPT on integers. tensors: {name: (integers, scale)} as fold() names them; sites, wide: see choose_sites.
+
+    float64_only runs every product in float64 (the test's way to see that the path does not matter). `seen` and
+    `clamped` are filled while observe is True.
+    """
+
+    def __init__(self, args, tensors, sites, wide, device='cpu', float64_only=False):
+        known_answer(device)
+        self.args, self.device, self.observe, self.seen, self.clamped = args, device, False, {}, [0, 0]
+        self.float32_exact = torch.float32 in known_answer(device) and not float64_only
+        self.int8_exact = self.float32_exact and torch.int8 in known_answer(device)
+        self.H, self.D, self.W = args['n_head'], args['n_embd'] // args['n_head'], args['block_size']
+        self.C, self.n_layer = args['n_embd'], args['n_layer']
+        sites, wide = iter(sites), iter(wide)
+        value = {n: q * s for n, (q, s) in tensors.items() if q.ndim == 1 or n in ('embed.weight', 'position.weight')}
+        self.embed = self._put(value['embed.weight'])
+        if args['positions'] == 'learned':
+            self.position = self._put(value['position.weight'])
+        elif args['positions'] == 'sinusoidal':
+            cos, sin = rotation_table(self.W, self.C)
+            self.position = self._put(np.stack((sin, cos), 2).reshape(self.W, -1)[:, :self.C])
+        else:
+            self.position, (cos, sin) = None, rotation_table(self.W, self.D)
+            self.cos, self.sin = self._put(cos), self._put(sin)
+        self.blocks = [self._block(i, tensors, value, sites, wide) for i in range(self.n_layer)]
+        self.x, self.a = (scale_of(next(sites)) for _ in 'xa')
+        self.head = self._product('embed.weight' if args['tied'] else 'head.weight', tensors, self.a, next(wide))
+        self.head['m'] = self._put(self.head['scale'] * EXP_STEPS, self.head['dtype'])
+        self.gain = self._put(value['norm.weight'] * self.a)
+        self.bias = self._put(value['norm.bias'] * self.a) if 'norm.bias' in value else None
+        self.frequency_table = self._put(exp_table(FREQUENCY_TOP, 1), torch.float32)
+
+    def _put(self, array, dtype=torch.float64):
+        return torch.from_numpy(np.ascontiguousarray(array, np.float64)).to(dtype).to(self.device)
+
+    def _product(self, name, tensors, scale_in, wide):
+        """The matrix (in, out) in the dtype that is exact for it, the clamp of its input, its output's unit per row."""
+        q, scale = tensors[name]
+        dtype = torch.float64 if wide else torch.float32
+        run = dtype if self.float32_exact else torch.float64
+        limbs, rest = [], q.T.astype(np.int64)
+        while self.int8_exact and not wide and q.size >= INT8_FROM and (not limbs or rest.any()):
+            low = (rest + 64) % 128 - 64        # base 128, least limb first
+            limbs, rest = [*limbs, torch.tensor(low, dtype=torch.int8)], (rest - low) // 128
+        limbs = limbs if len(limbs) < 3 else []
+        return dict(weight=self._put(q.T, run), run=run, dtype=dtype, limit=product_limit(q, wide), limbs=limbs,
+                    scale=np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (len(q),)) / scale_in)
+
+    def _block(self, i, tensors, value, sites, wide):
+        s = {k: scale_of(next(sites)) for k in SITES}
+        b, name, args = dict(s, i=i), f'blocks.{i}.', self.args
+
+        def product(site, key, out):            # out (rows,): output units per real unit
+            p = b[key] = self._product(f'{name}{key}.weight', tensors, s[site], next(wide))
+            bias = value.get(f'{name}{key}.bias')
+            p['m'] = self._put(p['scale'] * out, p['dtype'])
+            p['b'] = None if bias is None else self._put(bias * out, p['dtype'])
+
+        qk = [NORM_SCALE] * 2 if args['qk_norm'] else [s['q'], s['k']]
+        product('a1', 'attention.qkv', np.repeat(qk + [s['v']], self.C))
+        b['wide'] = next(wide)
+        b['limit_qk'], b['limit_v'], b['total'] = attention_limits(b['wide'], self.D, self.W)
+        b['dtype'] = torch.float64 if b['wide'] else torch.float32
+        b['run'] = b['dtype'] if self.float32_exact else torch.float64
+        for k in 'qk':
+            b[k + '_gain'] = self._put(value[f'{name}attention.{k}_norm.weight'] * s[k]) if args['qk_norm'] else None
+        b['step'] = float(np.float32(EXP_STEPS / (s['q'] * s['k'] * math.sqrt(self.D))))
+        top = 1 << (24 if b['wide'] else min(16, 23 - math.ceil(math.log2(self.W))))       # sum of W of them < 2^24
+        b['exp'] = self._put(exp_table(top, 0), b['dtype'])
+        product('o', 'attention.proj', 1.0)
+        b['o_step'] = float(np.float32(s['o'] / (s['v'] * b['total'])))
+        product('a2', 'feed_forward.up', s['u'])
+        up, down = b['feed_forward.up'], 'feed_forward.down'
+        half = torch.tensor(ACTIVATION_ENTRIES / 2 + 0.5, dtype=up['dtype'], device=self.device)
+        up['b'] = half if up['b'] is None else up['b'] + half
+        product('d', down, 1.0)
+        table = activation_table(args['activation'], int(math.log2(s['u']))).astype(np.float64) * (s['d'] / 2 ** 32)
+        b['table'] = self._put(np.rint(table).clip(-b[down]['limit'], b[down]['limit']), b[down]['dtype'])
+        return b
+
+    # --- pieces ---
+
+    def _fit(self, y, limit, scale, site):
+        """Round to integers and clamp, in place."""
+        if self.observe:
+            top, square, n = self.seen.get(site, (0.0, 0.0, 0))
+            real, m = y.double() / scale, y.numel()
+            square = (square * n + float(real.square().sum())) / (n + m)
+            self.seen[site] = [max(top, float(real.abs().max())), square, n + m]
+            self.clamped[0] += int((y.abs() > limit + 0.5).sum())
+            self.clamped[1] += m
+        return y.round_().clamp_(-limit, limit)
+
+    def _norm(self, x, scale, site):
+        """Return deviations (integers) and their factor to unit variance, x (B, T, C) float64."""
+        lim = float((1 << norm_bits(self.C)) - 1)
+        d = self._fit(x * scale, lim, scale, site)
+        if self.args['norm'] == 'layernorm':
+            d -= (d.sum(-1, keepdim=True) / self.C).round_()
+        variance = (d * d).sum(-1, keepdim=True) / (self.C * scale * scale)
+        return d, (1.0 / scale) / (variance + EPSILON).sqrt_()
+
+    def _matmul(self, a, p):
+        """Integers a (..., in) times a matrix: by int8 products of base-128 limbs where faster, else in floats."""
+        if not p['limbs']:
+            return torch.matmul(a.to(p['run']), p['weight']).to(p['dtype'])
+        out = torch.empty(*a.shape[:-1], p['weight'].size(1))
+        parts = a.reshape(-1, a.size(-1)).split(INT8_ROWS)
+        for part, target in zip(parts, out.view(-1, out.size(-1)).split(INT8_ROWS)):
+            high = ((part + 64) * (1 / 128)).floor_()
+            low, high, total = (part - high * 128).to(torch.int8), high.to(torch.int8), None
+            for w in reversed(p['limbs']):      # int32 sums, all below 2^24 in the end
+                y = torch._int_mm(high, w).mul_(128).add_(torch._int_mm(low, w))
+                total = y if total is None else total.mul_(128).add_(y)
+            target.copy_(total)
+        return out
+
+    def _normalised_product(self, x, scale_x, scale_a, b, sites, key):
+        d, factor = self._norm(x, scale_x, f'{b["i"]}.{sites[0]}')
+        p = b[key]
+        a = self._fit(d * (factor * scale_a), p['limit'], scale_a, f'{b["i"]}.{sites[1]}')
+        y = self._matmul(a, p).mul_(p['m'])
+        return y if p['b'] is None else y.add_(p['b'])
+
+    def _query_key(self, z, b, k, start):
+        """QK-norm, rotary positions, rounding; z (B, H, T, D) in units of site k."""
+        if self.args['qk_norm']:
+            z = z.double().round_().clamp_(-WIDE_LIMIT, WIDE_LIMIT)
+            mean = (z * z).sum(-1, keepdim=True) / (self.D * NORM_SCALE * NORM_SCALE)
+            z = z * ((1.0 / NORM_SCALE) / (mean + EPSILON).sqrt_()) * b[k + '_gain']
+        if self.position is None:
+            stop = start + z.size(2)
+            cos, sin, (first, second) = self.cos[start:stop], self.sin[start:stop], z.double().chunk(2, -1)
+            z = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+        return self._fit(z.to(b['dtype'], copy=True), b['limit_qk'], b[k], f'{b["i"]}.{k}').to(b['run'])
+
+    def _attend(self, q, k, v, b):
+        """Causal attention on integers: q (B, H, n, D) are the last n positions of k (B, H, D, T), v (B, H, T, D)."""
+        B, H, n, D = q.shape
+        T, out = k.size(3), torch.empty_like(q)
+        step = max(1, min(n, SCORES_AT_ONCE // (B * H * T)))
+        for i in range(0, n, step):
+            j, t = min(i + step, n), T - n + min(i + step, n)
+            s = torch.matmul(q[:, :, i:j], k[:, :, :, :t]).to(b['dtype'])      # (B, H, j - i, t)
+            if j - i > 1:
+                later = torch.ones(j - i, j - i, dtype=torch.bool, device=s.device).triu_(1)
+                s[..., t - (j - i):].masked_fill_(later, -math.inf)
+            s.sub_(s.amax(-1, keepdim=True)).mul_(-b['step']).clamp_max_(len(b['exp']) - 1)
+            p = b['exp'].index_select(0, s.to(torch.int32).view(-1)).view(s.shape)
+            p.mul_(b['total'] / p.sum(-1, keepdim=True)).round_()
+            out[:, :, i:j] = torch.matmul(p.to(b['run']), v[:, :, :t])
+        return out.to(b['dtype'])
+
+    # --- the model ---
+
+    def cache(self, n_rows):
+        """Empty keys and values for n_rows rows of W positions, float32 where attention is exact in it."""
+        return Cache(self.blocks, (n_rows, self.H, self.W, self.D), self.device)
+
+    @torch.inference_mode()
+    def forward(self, tokens, cache=None, last=0):
+        """Return the head's integer input (B, n, C) of the last n (`last`; 0: all) positions of int64 tokens (B, T)."""
+        start = cache.length if cache else 0
+        stop = start + tokens.size(1)
+        if stop > self.W:
+            raise ValueError(f'{stop} positions for a window of {self.W}')
+        x = self.embed[tokens]
+        if self.position is not None:
+            x = x + self.position[start:stop]
+        for b in self.blocks:
+            z = self._normalised_product(x, b['x1'], b['a1'], b, ('x1', 'a1'), 'attention.qkv')
+            q, k, v = z.view(*tokens.shape, 3, self.H, self.D).permute(2, 0, 3, 1, 4)           # (B, H, T, D) each
+            if last and b is self.blocks[-1]:
+                q, x = q[:, :, -last:], x[:, -last:]
+            q = self._query_key(q, b, 'q', stop - q.size(2))
+            k = self._query_key(k, b, 'k', start).transpose(2, 3)
+            v = self._fit(v.to(b['dtype'], copy=True), b['limit_v'], b['v'], f'{b["i"]}.v').to(b['run'])
+            if cache:
+                k, v = cache.extend(b['i'], k, v, start, stop)
+            y = self._attend(q, k, v, b).transpose(1, 2).reshape(x.shape)
+            p = b['attention.proj']
+            a = self._fit(y.mul_(b['o_step']), p['limit'], b['o'], f'{b["i"]}.o')
+            x = self._add(x, a, p)
+            z = self._normalised_product(x, b['x2'], b['a2'], b, ('x2', 'a2'), 'feed_forward.up')
+            if self.observe:
+                self._fit(z - ACTIVATION_ENTRIES / 2, ACTIVATION_ENTRIES / 2, b['u'], f'{b["i"]}.u')
+            index = z.clamp_(0, ACTIVATION_ENTRIES - 1).to(torch.int32)
+            a = b['table'].index_select(0, index.view(-1)).view(z.shape)
+            if self.observe:
+                self._fit(a.clone(), b['feed_forward.down']['limit'], b['d'], f'{b["i"]}.d')
+            x = self._add(x, a, b['feed_forward.down'])
+        if cache:
+            cache.length = stop
+        d, factor = self._norm(x, self.x, 'x')
+        a = d * factor * self.gain
+        a = a if self.bias is None else a + self.bias
+        return self._fit(a, self.head['limit'], self.a, 'a').to(self.head['run'])
+
+    def _add(self, x, a, p):
+        y = self._matmul(a, p).mul_(p['m'])
+        return x + (y if p['b'] is None else y.add_(p['b'])).double()
+
+    @torch.inference_mode()
+    def frequencies(self, a):
+        """Return integer frequencies (N, V), float32, of head inputs a (N, C)."""
+        z = self._matmul(a, self.head).mul_(self.head['m'])
+        z = z.sub_(z.amax(-1, keepdim=True)).neg_().clamp_max_(len(self.frequency_table) - 1)
+        return self.frequency_table.index_select(0, z.to(torch.int32).view(-1)).view(z.shape)
+
+
+class Cache:
+    """Keys (B, H, D, W) and values (B, H, W, D) of the positions so far, a pair per block; W last is fastest."""
+
+    def __init__(self, blocks, shape, device):
+        self.values = [torch.empty(shape, dtype=b['run'], device=device) for b in blocks]
+        self.keys = [torch.empty_like(v).view(shape[0], shape[1], shape[3], shape[2]) for v in self.values]
+        self.length = 0
+
+    def extend(self, i, k, v, start, stop):
+        self.keys[i][..., start:stop], self.values[i][:, :, start:stop] = k, v
+        return self.keys[i][..., :stop], self.values[i][:, :, :stop]
+
+
+# --- from a trained model ---
+
+def code_length_bits(model, tokens, targets, rows=16):
+    """Sum of -log2(frequency/total) of targets (N, T) given inputs tokens (N, T), from the integer frequencies."""
+    bits = 0.0
+    for x, y in zip(torch.from_numpy(tokens).split(rows), torch.from_numpy(targets).split(rows)):
+        f = model.frequencies(model.forward(x.to(model.device)).flatten(0, 1)).double()
+        chosen = f.gather(1, y.to(model.device).reshape(-1, 1))[:, 0]
+        bits += float((f.sum(1).log2() - chosen.log2()).sum())
+    return bits

@@ -1,0 +1,333 @@
+"""compress.py: what goes in comes out, from any process and setting; damage of any kind is one clear error."""
+import functools
+import hashlib
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_text, run_script
+
+import archive
+import compress
+import configurator
+import exact
+import online
+import weights
+from bins import mix64
+from configurator import UserError
+from model import GPT, ModelConfig, model_args
+from runs import save_checkpoint
+
+QUIET = '--no-progress'
+ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--online_window=32', '--online_streams=4',
+          '--online_block=32', '--online_updates=1', '--online_rows=4', '--online_dropout=0.1', QUIET)
+
+
+def trained(path, text, steps=120, tokenizer='byte', **options):
+    """Save the checkpoint of a small GPT trained on ids for a second; returns its path."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**(dict(block_size=32, n_layer=1, n_head=2, n_embd=32) | options)))
+    opt, ids = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.tensor(list(text))
+    for step in range(steps):
+        at = (torch.arange(8) * 997 + step * 131) % (len(ids) - 33)
+        both = ids[at[:, None] + torch.arange(33)]
+        opt.zero_grad()
+        (model(both[:, :-1], both[:, 1:]) / 256).backward()
+        opt.step()
+    save_checkpoint(path, dict(model=model.state_dict(), model_args=model_args(model), masks={},
+                               data=dict(dataset='toy', sha256='', start_id=10, tokenizer=tokenizer)))
+    return path
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder with ckpt.pt, a text that its model knows, and an archive of it coded in 25 streams."""
+    folder = tmp_path_factory.mktemp('codec')
+    (folder / 'text').write_bytes(make_text(6000))
+    trained(str(folder / 'ckpt.pt'), make_text(20000))
+    assert pack(folder, 'text', 'archive', '--streams=25', '--block_bytes=2200', '--weight_bits=6') == 0
+    return folder
+
+
+def pack(folder, name, out, *flags):
+    paths = [str(folder / p) for p in ('ckpt.pt', name, out)]
+    return compress.main(['pack', *paths, '--no-verify', QUIET, *flags])
+
+
+def unpack(path, out, *flags):
+    return compress.main(['unpack', str(path), str(out), QUIET, *flags])
+
+
+def sections_of(path):
+    kind, head, table, sections = archive.read_archive(path.read_bytes(), 'it')
+    return kind, head, table, {n: s for n, s in sections.items() if n not in ('head', 'blks', 'data')}, sections['data']
+
+
+def rewrite(source, out, change):
+    """Write an archive again, CRCs and all, after change(head, sections)."""
+    kind, head, table, sections, data = sections_of(source)
+    change(head, sections)
+    blocks, at = [], 0
+    for form, n, length, _ in table:
+        blocks.append((form, n, data[at:at + length], b''))
+        at += length
+    with archive.Output(str(out)) as f:
+        archive.write_archive(f, kind, head, sections, blocks)
+        f.commit()
+    return out
+
+
+# --- round trips ---
+
+@pytest.mark.parametrize('flags', [(), ('--streams_at_once=7',), ('--streams_at_once=1', '--threads=2')])
+def test_unpack_settings_do_not_matter(folder, tmp_path, flags):
+    assert unpack(folder / 'archive', tmp_path / 'out', *flags) == 0
+    assert (tmp_path / 'out').read_bytes() == (folder / 'text').read_bytes()
+    torch.set_num_threads(1)
+
+
+def test_archive_is_small_and_its_size_is_honest(folder, capsys):
+    """The model pays off on its own text; the code length computed is the file's size within 0.1 % + 1 kB."""
+    with archive.Output(str(folder / 'again')) as out:
+        flags = ['pack', 'a', 'b', 'c', QUIET, '--weight_bits=6', '--streams=25']
+        compress.configure(vars(compress), flags, compress.VERBS)
+        raw, computed = compress.pack(str(folder / 'ckpt.pt'), str(folder / 'text'), out, lambda text: None)
+        assert abs(out.size - computed) <= 0.001 * out.size + 1000 and len(raw) == 6000
+    _, _, table, _, data = sections_of(folder / 'archive')
+    assert [b[0] for b in table] == [archive.CODED] * 3 and len(data) < 0.5 * 6000
+
+
+def test_fresh_processes_with_other_settings(folder, tmp_path):
+    """Pack verifies in a process of its own; two threads give the same archive; pipes carry archive and text."""
+    done = run_script('compress.py', 'pack', folder / 'ckpt.pt', folder / 'text', tmp_path / 'a', '--threads=2',
+                      '--streams=25', '--block_bytes=2200', '--weight_bits=6')
+    assert done.returncode == 0 and 'verified' in done.stderr, done.stderr
+    assert (tmp_path / 'a').read_bytes() == (folder / 'archive').read_bytes()
+    assert os.listdir(tmp_path) == ['a']
+    command = [sys.executable, os.path.join(ROOT, 'compress.py'), 'unpack', '-', '-', '--streams_at_once=3']
+    piped = subprocess.run(command, input=(tmp_path / 'a').read_bytes(), capture_output=True, timeout=60)
+    assert piped.returncode == 0 and piped.stdout == (folder / 'text').read_bytes(), piped.stderr
+
+
+EDGES = dict(
+    empty=b'', one=b'x', two=b'ab', equal=b'\0' * 1500, all_bytes=bytes(range(256)) * 3,
+    utf8='žluťoučký kůň 馬 🐎\n'.encode() * 40, noise=random.Random(1).randbytes(8000),
+    mixed=make_text(4200) + random.Random(2).randbytes(4200))
+
+
+
+@pytest.mark.parametrize('name', EDGES)
+def test_edge_cases(folder, tmp_path, name):
+    """Files of every kind come back; what the model would expand is stored."""
+    raw = EDGES[name]
+    (folder / name).write_bytes(raw)
+    assert pack(folder, name, name + '.arc', '--block_bytes=4096', '--weight_bits=6', '--streams=25') == 0
+    assert unpack(folder / (name + '.arc'), tmp_path / 'out') == 0
+    assert (tmp_path / 'out').read_bytes() == raw
+    _, head, table, sections, data = sections_of(folder / (name + '.arc'))
+    assert len(data) <= len(raw) and (sections or all(b[0] == archive.STORED for b in table))
+    if name == 'noise':
+        assert not sections and (folder / 'noise.arc').stat().st_size <= 1.005 * len(raw) + 200
+    if name == 'mixed':
+        assert {b[0] for b in table} == {archive.CODED, archive.STORED}
+
+
+def test_more_streams_than_bytes(folder, tmp_path):
+    (folder / 'short').write_bytes(b'the model weighs nothing until')
+    assert pack(folder, 'short', 'short.arc', '--streams=64', '--weight_bits=6') == 0
+    assert unpack(folder / 'short.arc', tmp_path / 'out') == 0
+    assert (tmp_path / 'out').read_bytes() == b'the model weighs nothing until'
+
+
+def test_fewest_bytes_in_all(folder):
+    """weight_bits = 0 chooses steps with which weights + data are smaller than with any fixed number of bits."""
+    assert pack(folder, 'text', 'best', '--streams=25') == 0
+    for bits in (2, 4, 8):
+        assert pack(folder, 'text', 'fixed', '--streams=25', f'--weight_bits={bits}') == 0
+        assert (folder / 'best').stat().st_size <= 1.01 * (folder / 'fixed').stat().st_size
+
+
+def test_bpe_model(folder, tmp_path):
+    """A byte-level BPE model: bytes in, bytes out, the byte strings inside; text it cannot reproduce is refused."""
+    from tokenizers import ByteLevelBPETokenizer
+    tokenizer, path = ByteLevelBPETokenizer(), str(tmp_path / 'bpe.json')
+    tokenizer.train_from_iterator([make_text(20000).decode()], vocab_size=300, show_progress=False)
+    tokenizer.save(path)
+    trained(str(tmp_path / 'ckpt.pt'), tokenizer.encode(make_text(20000).decode()).ids, tokenizer=path, vocab_size=300)
+    (tmp_path / 'text').write_bytes(make_text(3000, seed=3) + 'é'.encode())
+    assert pack(tmp_path, 'text', 'arc', '--weight_bits=6', '--streams=16') == 0
+    os.rename(path, path + '.gone')
+    assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0
+    assert (tmp_path / 'out').read_bytes() == (tmp_path / 'text').read_bytes()
+    assert sections_of(tmp_path / 'arc')[2][0][0] == archive.CODED
+    os.rename(path + '.gone', path)
+    (tmp_path / 'text').write_bytes(b'not utf-8: \xff')
+    with pytest.raises(UserError, match='not UTF-8'):
+        pack(tmp_path, 'text', 'arc2')
+
+
+# --- the format ---
+
+def golden_archive(path):
+    """An archive of a model made of hashed integers: no float chose anything in it."""
+    args = model_args(GPT(ModelConfig(block_size=24, n_layer=2, n_head=2, n_embd=16)))
+    tensors, at = {}, 0
+    for name, shape in weights.shapes(args).items():
+        n = int(np.prod(shape))
+        h = mix64(np.arange(at, at + n, dtype=np.uint64)).reshape(shape)
+        q = (h % np.uint64(15)).astype(np.int32) - 7
+        q[(h >> np.uint64(8)) % np.uint64(3) == 0] = 0
+        tensors[name], at = (q, np.full(shape[0], -9) if len(shape) == 2 else np.int64(-9)), at + n
+    tensors['norm.weight'] = np.full(16, 24, np.int32), np.int64(-9)
+    largest = dict(x1=8.0, a1=4.0, q=6.0, k=6.0, v=4.0, o=3.0, x2=9.0, a2=4.0, u=6.0, d=6.0)
+    seen = {f'{i}.{s}': [v, 1.0] for i in range(2) for s, v in largest.items()} | {'x': [9.0, 1.0], 'a': [4.0, 1.0]}
+    sites, wide = weights.choose_sites(args, tensors, seen)
+    text = make_text(3000)
+    lanes = archive.Lanes(exact.Exact(args, weights.with_scales(tensors), sites, wide), 7, 12, 10)
+    data, bits, _ = lanes.encode(np.frombuffer(text, np.uint8))
+    assert abs(8 * len(data) - bits) < 64
+    head = dict(bytes=3000, sha256=hashlib.sha256(text).hexdigest(), args=args, start_id=10, tokenizer='byte',
+                streams=7, keep=12, sites=sites, wide=wide, arithmetic=archive.arithmetic_hash(args))
+    with archive.Output(str(path)) as out:
+        section = weights.encode(tensors, args)
+        blocks = [(archive.CODED, 3000, data, text)]
+        archive.write_archive(out, archive.TWO_PART, head, dict(wght=section), blocks)
+        out.commit()
+    return text, hashlib.sha256(section + data).hexdigest()[:16]
+
+
+def test_golden_archive(tmp_path):
+    """Another hash means a change of format or arithmetic: old archives no longer decode; raise archive.VERSION."""
+    text, digest = golden_archive(tmp_path / 'golden')
+    assert digest == '675fcaf916a5e14c'
+    assert unpack(tmp_path / 'golden', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
+
+
+def test_info_and_verify(folder, capsys):
+    assert compress.main(['info', str(folder / 'archive')]) == 0
+    shown = capsys.readouterr().out
+    assert 'two-part' in shown and 'per non-zero' in shown and 'bits per byte' in shown
+    assert compress.main(['verify', str(folder / 'archive'), str(folder / 'text'), QUIET]) == 0
+    (folder / 'other').write_bytes(make_text(6000)[:-1] + b'!')
+    with pytest.raises(UserError, match='decodes to something else'):
+        compress.main(['verify', str(folder / 'archive'), str(folder / 'other'), QUIET])
+
+
+# --- damage ---
+
+def damaged(raw, rng):
+    """One random change: a byte, a truncation, an extension."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return raw[:rng.randrange(len(raw))]
+    if kind == 1:
+        return raw + rng.randbytes(rng.randint(1, 50))
+    at = rng.randrange(120) if kind == 2 else rng.randrange(len(raw))
+    return raw[:at] + bytes([raw[at] ^ rng.randint(1, 255)]) + raw[at + 1:]
+
+
+def test_fuzz(folder, tmp_path, monkeypatch):
+    """2,000 changes: each a UserError of one line, nothing left behind; ten as real processes: exit code 1."""
+    monkeypatch.setattr(configurator, 'knobs_of', functools.lru_cache(configurator.knobs_of))   # parse the source once
+    raw, rng = (folder / 'archive').read_bytes(), random.Random(4)
+    for i in range(2000):
+        (tmp_path / 'bad').write_bytes(damaged(raw, rng))
+        if i % 200 == 0:
+            done = run_script('compress.py', 'unpack', tmp_path / 'bad', tmp_path / 'out')
+            assert done.returncode == 1 and done.stderr.startswith('error: '), done.stderr
+            assert done.stderr.count('\n') == 1
+        else:
+            with pytest.raises(UserError) as e:
+                unpack(tmp_path / 'bad', tmp_path / 'out')
+            assert '\n' not in str(e.value)
+    assert os.listdir(tmp_path) == ['bad']
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda h, s: h.update(streams=10 ** 9), 'more than it can need'),
+    (lambda h, s: h['args'].update(n_embd=1 << 40, n_head=1), 'more than it can need'),
+    (lambda h, s: h['args'].update(n_layer=10 ** 7), 'more than it can need'),
+    (lambda h, s: h['args'].update(block_size=10 ** 9), 'more than it can need'),
+    (lambda h, s: h['args'].update(norm='other'), 'norm'),
+    (lambda h, s: h.pop('sites'), 'no packer writes'),
+    (lambda h, s: h.update(sites=[]), 'no packer writes'),
+    (lambda h, s: h.update(arithmetic='0'), 'requirements.txt'),
+    (lambda h, s: s.update(wght=s['wght'][:400]), 'archive'),
+    (lambda h, s: h.update(keep=0), 'keep'),
+    (lambda h, s: h.update(keep=33), 'keep'),
+])
+def test_forged_archives(folder, tmp_path, change, message):
+    """Headers that pass every CRC and make no sense are refused, before memory is taken, with nothing written."""
+    bad = rewrite(folder / 'archive', tmp_path / 'bad', change)
+    with pytest.raises(UserError, match=message):
+        unpack(bad, tmp_path / 'out')
+    assert os.listdir(tmp_path) == ['bad']
+
+
+def test_foreign_and_newer_files(folder, tmp_path):
+    for raw, message in ((b'PK\x03\x04' * 9, 'not a nanoMDL archive'), (b'', 'not a nanoMDL'),
+                         (b'nMDL\x07' + b'\0' * 20, 'version 7')):
+        (tmp_path / 'bad').write_bytes(raw)
+        with pytest.raises(UserError, match=message):
+            unpack(tmp_path / 'bad', tmp_path / 'out')
+    with pytest.raises(UserError, match='cannot read'):
+        unpack(tmp_path / 'missing', tmp_path / 'out')
+    with pytest.raises(UserError, match='cannot write'):
+        unpack(folder / 'archive', tmp_path / 'no' / 'folder')
+
+
+# --- online ---
+
+def test_online_round_trip(tmp_path):
+    """Learned while coding, decoded stepwise in a fresh process; smaller than the text; info shows what it rests on."""
+    text = make_text(9000)
+    (tmp_path / 'text').write_bytes(text)
+    assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), *ONLINE]) == 0   # a process verifies
+    assert (tmp_path / 'arc').stat().st_size < 0.8 * len(text)
+    kind, head, *_ = sections_of(tmp_path / 'arc')
+    assert kind == archive.ONLINE and head['fingerprint']['torch'] == torch.__version__
+
+    rewrite(tmp_path / 'arc', tmp_path / 'other', lambda h, s: h['fingerprint'].update(weights='', processor='another'))
+    with pytest.raises(UserError, match='another there'):
+        unpack(tmp_path / 'other', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('raw', [b'', b'x', random.Random(3).randbytes(3001)], ids=['empty', 'one', 'noise'])
+def test_online_edge_cases(tmp_path, raw):
+    (tmp_path / 'text').write_bytes(raw)
+    assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '--no-verify', *ONLINE]) == 0
+    assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == raw
+    assert (tmp_path / 'arc').stat().st_size <= 1.005 * len(raw) + 1000
+
+
+def test_online_resumes(tmp_path, monkeypatch):
+    """Coding and decoding that stop after a segment go on from the saved state to the same bytes."""
+    monkeypatch.setattr(online, 'SEGMENT_SYMBOLS', 1000)
+    text = make_text(4500)
+    (tmp_path / 'text').write_bytes(text)
+    make = ['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '--no-verify', *ONLINE]
+    assert compress.main(make) == 0
+    whole, saved = (tmp_path / 'arc').read_bytes(), f'--state={tmp_path / "state"}'
+    save = online.Session.save
+
+    def save_and_stop(session):
+        save(session)
+        if len(session.blocks) == 2:
+            raise KeyboardInterrupt
+
+    read = ['unpack', str(tmp_path / 'arc'), str(tmp_path / 'out'), QUIET]
+    for command, result, want in ((make, 'arc', whole), (read, 'out', text)):
+        monkeypatch.setattr(online.Session, 'save', save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress.main([*command, saved])
+        assert (tmp_path / 'state').exists()
+        monkeypatch.setattr(online.Session, 'save', save)
+        with pytest.raises(UserError, match='belongs to another file'):
+            compress.main([*make, saved, '--online_seed=5'])
+        assert compress.main([*command, saved]) == 0 and not (tmp_path / 'state').exists()
+        assert (tmp_path / result).read_bytes() == want

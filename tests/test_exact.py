@@ -1,0 +1,195 @@
+"""exact.py: tables against decimal, the integer model against the float model, the same integers however it is run."""
+import math
+from decimal import Decimal, getcontext
+
+import numpy as np
+import pytest
+import torch
+
+import exact
+import weights
+from model import GPT, ModelConfig, model_args
+
+SHAPES = [
+    dict(),
+    dict(positions='learned', activation='gelu_tanh', tied=True),
+    dict(positions='rotary', norm='rmsnorm', activation='relu2', bias=False, qk_norm=True),
+    dict(positions='rotary', qk_norm=True, tied=True, n_embd=48, n_head=3),
+    dict(norm='rmsnorm', bias=False, n_layer=1),
+]
+
+
+def tiny(seed=1, **options):
+    """A GPT whose weights are large enough that logits differ, with uneven norm gains and biases."""
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**(dict(block_size=48, n_layer=2, n_head=2, n_embd=32) | options)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0 if p.dim() > 1 else 1.0).add_(torch.randn_like(p) * (0.0 if p.dim() > 1 else 0.1))
+    return model.eval()
+
+
+def rows(n, size, seed=3):
+    return np.random.default_rng(seed).integers(0, 256, (n, size + 1))
+
+
+def integers(model, levels=127):
+    """Fold a GPT and round every row to `levels`; returns (args, {name: (integers, scale)})."""
+    args, out = model_args(model), {}
+    for name, w in weights.fold(model.state_dict(), args).items():
+        scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-9) / levels
+        out[name] = np.rint(w / scale).astype(np.int32), scale
+    return args, out
+
+
+def build(model, levels=127, **options):
+    args, tensors = integers(model, levels)
+    sites = weights.fit_sites(args, tensors, rows(4, args['block_size'])[:, :-1])
+    return exact.Exact(args, tensors, *sites, **options)
+
+
+# --- tables ---
+
+def test_exp_table_is_correctly_rounded():
+    """Every entry is the integer nearest to top·exp(-i/256)."""
+    getcontext().prec = 50
+    table = exact.exp_table(1 << 24, 0)
+    assert table[-1] == 0 and len(table) > 4000
+    for i in range(0, len(table), 97):
+        value = (Decimal(-i) / exact.EXP_STEPS).exp() * (1 << 24)
+        assert table[i] == int(value.to_integral_value()), i
+
+
+@pytest.mark.parametrize('kind', ['gelu', 'gelu_tanh', 'relu2'])
+def test_activation_table(kind):
+    """The tables agree with torch's float64 activations to 2^-31."""
+    from model import ACTIVATIONS
+    x = (torch.arange(exact.ACTIVATION_ENTRIES, dtype=torch.float64) - exact.ACTIVATION_ENTRIES // 2) / 256
+    got = exact.activation_table(kind, 8) / 2.0 ** 32
+    assert np.abs(got - ACTIVATIONS[kind](x).numpy()).max() < 2.0 ** -31
+
+
+def test_rotation_table():
+    """Cosines and sines agree with float64's to the 24 bits that are kept, also far out."""
+    cos, sin = exact.rotation_table(2048, 64)
+    angle = np.arange(2048)[:, None] * 10000.0 ** (-np.arange(0, 64, 2) / 64)
+    assert np.abs(cos - np.cos(angle)).max() < 2.0 ** -24 and np.abs(sin - np.sin(angle)).max() < 2.0 ** -24
+
+
+def test_tables_hash_is_golden():
+    """Another value means that archives written before can no longer be read: then raise archive.VERSION."""
+    assert exact.tables_hash(model_args(tiny())) == '132179331022dd1d'
+
+
+# --- the model ---
+
+@pytest.mark.parametrize('options', SHAPES)
+def test_close_to_the_float_model(options):
+    """At 12-bit weights the integer model's code length is within 0.2 % of the float model's cross-entropy."""
+    model = tiny(**options)
+    both = rows(6, 48, seed=5)
+    x, y = both[:, :-1], both[:, 1:]
+    with torch.no_grad():
+        expected = float(model(torch.from_numpy(x), torch.from_numpy(y))) / math.log(2)
+    assert abs(exact.code_length_bits(build(model, 2047), x, y) / expected - 1) < 2e-3
+
+
+@pytest.mark.parametrize('options', SHAPES)
+def test_same_integers_however_it_is_run(options):
+    """All at once; row by row; stepwise with a cache; in pieces; in float64 only; with 2 threads: equal frequencies."""
+    model = tiny(**options)
+    e = build(model)
+    x = torch.from_numpy(rows(5, 48)[:, :-1])
+    want = e.frequencies(e.forward(x))
+    assert want.min() >= 1 and want.max() == exact.FREQUENCY_TOP and bool((want == want.round()).all())
+    assert torch.equal(torch.cat([e.frequencies(e.forward(row)) for row in x.split(1)]), want)
+    assert torch.equal(e.frequencies(e.forward(x[:, :7])), want[:, :7])
+    assert torch.equal(e.frequencies(e.forward(x, last=5)), want[:, -5:])
+    cache, steps = e.cache(5), []
+    for part in (slice(0, 20), *(slice(t, t + 1) for t in range(20, 40)), slice(40, 48)):
+        steps.append(e.frequencies(e.forward(x[:, part], cache)))
+    assert torch.equal(torch.cat(steps, 1), want)
+    wide = build(model, float64_only=True)
+    assert torch.equal(wide.frequencies(wide.forward(x)), want)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(e.frequencies(e.forward(x)), want)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize('levels', [50, 1000, 30000])
+def test_int8_products(monkeypatch, levels):
+    """One limb of the weights, two, or too many: the same integers as in float."""
+    model, x = tiny(), torch.from_numpy(rows(3, 48)[:, :-1])
+    want = build(model, levels).forward(x)
+    monkeypatch.setattr(exact, 'INT8_FROM', 1)
+    monkeypatch.setattr(exact, 'INT8_ROWS', 50)
+    e = build(model, levels)
+    assert {len(b['attention.proj']['limbs']) for b in e.blocks} == {{50: 1, 1000: 2, 30000: 0}[levels]}
+    assert torch.equal(e.forward(x), want)
+
+
+def test_attention_in_pieces(monkeypatch):
+    """Scores that do not fit are computed a few queries at a time, with the same result."""
+    e = build(tiny())
+    x = torch.from_numpy(rows(2, 48)[:, :-1])
+    want = e.forward(x)
+    monkeypatch.setattr(exact, 'SCORES_AT_ONCE', 2 * 2 * 48 * 5)
+    assert torch.equal(e.forward(x), want)
+
+
+def test_outlier_channel():
+    """A residual channel at 4,000 stays exact (stepwise = parallel) and near the float model."""
+    model = tiny()
+    with torch.no_grad():
+        model.embed.weight[:, 3] = 4000.0
+    e = build(model, 2047)
+    both = rows(4, 48)
+    x, y = both[:, :-1], both[:, 1:]
+    with torch.no_grad():
+        expected = float(model(torch.from_numpy(x), torch.from_numpy(y))) / math.log(2)
+    assert abs(exact.code_length_bits(e, x, y) / expected - 1) < 0.01
+    cache, x = e.cache(4), torch.from_numpy(x)
+    steps = torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1)
+    assert torch.equal(steps, e.forward(x))
+
+
+def test_bounds_are_proven_from_the_weights():
+    """The clamp times a row's absolute sum stays below 2^24, or below 2^53 when wide; more is refused."""
+    q = np.array([[100, -27], [3, 4]])
+    assert exact.product_limit(100 * q, False) == ((1 << 24) - 1) // 12700
+    assert exact.product_limit(q, False) == exact.LIMB_LIMIT and exact.product_limit(q, True) == exact.WIDE_LIMIT
+    with pytest.raises(ValueError, match='fewer bits'):
+        exact.product_limit(np.full((1, 1 << 14), 1 << 20), True)
+    for head_width, block_size in ((16, 256), (64, 2048), (128, 32768)):
+        qk, v, total = exact.attention_limits(False, head_width, block_size)
+        assert head_width * qk * qk < 1 << 24 and (total + block_size // 2 + 2) * v < 1 << 24
+    for width in (32, 256, 1600):
+        assert width * (2 * (1 << exact.norm_bits(width))) ** 2 <= 1 << 53
+
+
+def test_extreme_activations_stay_exact():
+    """Sites far too fine drive every activation into its clamp: stepwise and parallel still agree."""
+    args, tensors = integers(tiny())
+    codes, wide = weights.fit_sites(args, tensors, rows(4, 48)[:, :-1])
+    e = exact.Exact(args, tensors, [c + 12 for c in codes], wide)
+    x = torch.from_numpy(rows(3, 48)[:, :-1])
+    cache = e.cache(3)
+    steps = torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1)
+    assert torch.equal(steps, e.forward(x))
+
+
+def test_known_answer_falls_back(monkeypatch):
+    """A device whose float32 sums are not exact runs everything in float64, with the same integers."""
+    model = tiny()
+    want = build(model).forward(torch.from_numpy(rows(2, 48)[:, :-1]))
+    monkeypatch.setattr(exact, 'known_answer', lambda device: (torch.float64,))
+    e = build(model)
+    assert e.head['run'] is torch.float64
+    assert torch.equal(e.forward(torch.from_numpy(rows(2, 48)[:, :-1])).float(), want)
+
+
+def test_window_is_not_exceeded():
+    with pytest.raises(ValueError, match='49 positions for a window of 48'):
+        build(tiny()).forward(torch.zeros(1, 49, dtype=torch.int64))
