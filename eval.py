@@ -33,10 +33,11 @@ batch_size = 0                  # rows per forward on each rank; 0 = about 16,38
 minimal_context_window = 0      # tokens that every scored one sees before it, where they exist; 0 = blocks side by side
 first_token = 'score'           # 'score', or 'skip': a block's first token is input only, as in published GPT-2 figures
 description_length = False      # score the training split too
-archive = ''                    # archive files, comma-separated, one per checkpoint; '' = what the run's run.json knows
+archive = ''                    # files packed with the checkpoints, comma-separated, one each; '' = none
 baselines = False               # compressors on the same bytes
 baseline_timeout = 600.0        # seconds for each external compressor
 out = 'out'                     # where eval-HASH goes
+overwrite = False               # score again what eval-HASH holds already from the same commit
 device = 'auto'
 dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
 # -----------------------------------------------------------------------------
@@ -182,19 +183,30 @@ def check_fit(path, checkpoint, data):
             (first_token == 'score' or length > 1, 'first_token = skip needs a block_size of at least 2'))
 
 
-def known_bytes(path, data, own, file):
-    """Return what is known beside the losses: the archive's size and, on the run's training data, its online length."""
+def read_archive_facts(path):
+    """Return what an archive on disk is: its path, its size, and the size and SHA-256 of the text that it holds."""
+    from archive import read_archive
+    with open(path, 'rb') as f:
+        head = read_archive(f.read(), path)[1]
+    return dict(path=path, size=os.path.getsize(path), text_bytes=head['bytes'], sha256=head['sha256'])
+
+
+def known_bytes(path, data, own, packed):
+    """Return what is known beside the losses: the size of an archive of this very text, the run's online length."""
     import runs
-    facts = runs.read_run(path if os.path.isdir(path) else os.path.dirname(path) or '.')
-    found = {}
-    if file or facts.get('archive_bytes') and facts.get('archive_sha256') == data.sha256:
-        found['archive_bytes'] = os.path.getsize(file) if file else facts['archive_bytes']
+    facts, found = runs.read_run(path if os.path.isdir(path) else os.path.dirname(path) or '.'), {}
+    if packed:                                  # ids have another hash than their text: there the size must do
+        same = packed['sha256'] == data.sha256 if data.tokenizer == 'byte' else packed['text_bytes'] == data.text_bytes
+        if same:
+            found['archive_bytes'] = packed['size']
+        else:
+            print(f'{packed["path"]} holds another text than {data.name}/{data.split}: left out of its row')
     if own and data.split == 'train' and facts.get('online_description_length_bytes') and not max_tokens:
         found['online_bytes'] = facts['online_description_length_bytes']
     return found
 
 
-def model_rows(path, bins, file, env):
+def model_rows(path, bins, packed, env):
     """Score one checkpoint on every data set of bins {(set, split): Bin} that is meant for it; yield table rows."""
     import runs
     import score
@@ -213,12 +225,13 @@ def model_rows(path, bins, file, env):
         totals = {f'{form}_total_bytes': found['data_bytes'] + sizes[f'{form}_bytes']
                   for form in ('raw', 'nnz4', 'bits_est')}
         yield dict(run=name_of(path), data=f'{name}/{part}', dataset=name, split=part, from_ckpt=path,
-                   seq_length=length, **found, **sizes, **totals, **known_bytes(path, data, own, file),
-                   seconds=round(time.time() - started, 2))
+                   sha256=data.sha256, seq_length=length, **found, **sizes, **totals,
+                   **known_bytes(path, data, own, packed), seconds=round(time.time() - started, 2))
 
 
 def main(argv=None):
     config = configure(globals(), argv)
+    config.pop('overwrite')
     paths, sets, splits, archives = listed(from_ckpt), listed(dataset), listed(split), listed(archive)
     splits += ['train'] if description_length and 'train' not in splits else []
     require((paths or baselines and sets, 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN, or --baselines'
@@ -239,7 +252,7 @@ def main(argv=None):
     # every input is opened and checked before the first is scored
     bins = {(name, part): open_bin(data_dir, name, part, verify).head(max_tokens)
             for name in sets for part in splits}
-    parents, blocks = [], {block_size} - {0}
+    parents, blocks, packed = [], {block_size} - {0}, [read_archive_facts(p) for p in archives]
     for path in paths:
         checkpoint = runs.load_checkpoint(path)
         own = checkpoint['data']['dataset']
@@ -253,6 +266,15 @@ def main(argv=None):
         blocks.add(block_size or checkpoint['model_args']['block_size'])
     identity = sorted(config.items()), [p['sha256'] for p in parents], [data.sha256 for data in bins.values()]
     folder = os.path.join(out, f'eval-{hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()}')
+    table_path, before, commit = os.path.join(folder, 'table.md'), runs.read_run(folder), runs.commit_id()
+    if before.get('status') == 'done' and before['commit'] == commit and commit and not commit.endswith('-dirty') \
+            and os.path.exists(table_path) and not overwrite:
+        if env.main:
+            with open(table_path, encoding='utf-8') as f:
+                print(f'{f.read()}from {folder}, scored at {before["timestamp"]}; --overwrite scores again')
+        env.close()
+        return 0
+    env.barrier()
     if env.main:
         os.makedirs(folder, exist_ok=True)
     record, rows = runs.RunRecord(folder, config, env, parents=parents), []
@@ -262,7 +284,7 @@ def main(argv=None):
         record.update(rows=rows)
 
     for i, path in enumerate(paths):
-        for row in model_rows(path, bins, archives[i] if archives else '', env):
+        for row in model_rows(path, bins, packed[i] if packed else {}, env):
             add(row)
     env.close()
     if not env.main:
@@ -277,7 +299,7 @@ def main(argv=None):
         absent = {'zstd -19', 'brotli -q 11', 'bzip3', '7z PPMd', 'zpaq -m5'} - set(streams()) - set(tools(0))
         print(f'compressors not here: {", ".join(sorted(absent)) or "none"}')
     table = runs.markdown(rows, [c for c in SHOWN if any(c in r for r in rows)])
-    with open(os.path.join(folder, 'table.md'), 'w', encoding='utf-8') as f:
+    with open(table_path, 'w', encoding='utf-8') as f:
         f.write(table + '\n')
     runs.write_csv(os.path.join(folder, 'table.csv'), rows)
     record.update(status='done')

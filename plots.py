@@ -4,11 +4,11 @@
     python plots.py out/a out/b                     these runs
     python plots.py 'out/sweep_*' --plot_dir=figures --size=nnz4
 
-In: run folders (run.json, train_loss.csv, log.txt); eval.py's folders among them fill in what a run did not measure itself.
+In: run folders (run.json, train_loss.csv, log.txt); eval.py's folders among them fill in what a run did not measure.
 Out: training_curves, and per data set size_SET (loss versus model size, with lines of equal description length) and
-alpha_SET (description length versus alpha, beside the unpruned model, the one TAMADE alone prunes, and the data as they are).
-What a set of runs cannot support is skipped with a line that says why. Description lengths are two-part, of the whole
-training split: model bytes + code length of the data.
+alpha_SET (description length versus alpha, beside the unpruned model, the one that TAMADE alone pruned, and the raw
+data). Each dot is a run, lines join means over seeds. What a set of runs cannot support is skipped with a line that
+says why. Description lengths are two-part, of the whole training split: model bytes + code length of the data.
 """
 import csv
 import glob
@@ -32,6 +32,7 @@ STYLES = ('-', '--', ':', '-.')
 UNPRUNED, TAMADE = 'unpruned', 'TAMADE only'
 KINDS = {UNPRUNED: ('#000000', 'o'), TAMADE: ('#D55E00', 'X'), 'rl1': ('#E69F00', 's'), 'drr': ('#009E73', '^'),
          'pmmp': ('#0072B2', 'D')}
+SIZES = {'bits_est': 'entropy of 8-bit weights', 'nnz4': '4 per non-zero weight'}
 GREY = '#767676'
 LN2 = math.log(2)
 
@@ -55,7 +56,7 @@ def read_curves(folder):
     """Return what train_loss.csv and log.txt tell of a run's training; {} where there is none.
 
     step, tokens, nats: arrays, a row of the csv each. seconds: training time at those rows by the logged speed (pauses
-    and evaluations do not count), or None. val: [(step, nats)]. prunings: [step]. factor: bits per byte of one nat, or 0.
+    and evaluations do not count), or None. val: [(step, nats)]. prunings: [step]. factor: bits per byte of a nat, or 0.
     """
     import numpy as np
     try:
@@ -82,7 +83,7 @@ def read_curves(folder):
 
 
 def origin(record):
-    """Follow a pruned or fine-tuned run to the ancestor that was trained with a procedure; itself where there is none."""
+    """Follow a pruned or fine-tuned run to the ancestor (or itself) that was trained with an alpha; {} if none was."""
     import runs
     while record:
         if record.get('alpha') and record['procedure'] != 'vanilla':
@@ -95,52 +96,84 @@ def read_point(folder, record, evaluated):
     """Return what the description-length figures need of one run, or the line that says what is missing."""
     row = evaluated
     if not row and record.get('train_bits_per_byte') and record.get('final_train_blocks', -1) < 0:
-        row = dict(data_bytes=record['train_data_bytes'], bits_per_byte=record['train_bits_per_byte'],
-                   dataset=record['data']['dataset'], nnz4_bytes=record['model_byte_size'], n_params=record['n_params'],
-                   bits_est_bytes=record['bits_est_bytes'], nonzeros=record['non_zero_params'])
+        row = dict(dataset=record['data']['dataset'], sha256=record['data']['sha256'], n_params=record['n_params'],
+                   nonzeros=record['non_zero_params'], nnz4_bytes=record['model_byte_size'],
+                   bits_est_bytes=record['bits_est_bytes'], data_bytes=record['train_data_bytes'],
+                   bits_per_byte=record['train_bits_per_byte'])
     if not row:
         return (f'{record["run_id"]}: its loss on the whole training split is not known; measure it with python eval.py'
                 f' --from_ckpt={folder} --split=train')
     trained = origin(record)
-    unpruned = row['nonzeros'] > 0.98 * row['n_params']
-    return dict(name=record['run_id'], kind=trained['procedure'] if trained else UNPRUNED if unpruned else TAMADE,
-                alpha=trained.get('alpha', 0.0), bits_per_byte=row['bits_per_byte'], model_bytes=row[f'{size}_bytes'],
-                total=row['data_bytes'] + row[f'{size}_bytes'],
-                data=(row['dataset'], 100 * round(8 * row['data_bytes'] / row['bits_per_byte'] / 100)))
+    kind = trained['procedure'] if trained else UNPRUNED if row['nonzeros'] > 0.98 * row['n_params'] else TAMADE
+    return dict(name=record['run_id'], kind=kind, alpha=trained.get('alpha', 0.0), n_params=row['n_params'],
+                bits_per_byte=row['bits_per_byte'], model_bytes=row[f'{size}_bytes'],
+                total=row['data_bytes'] + row[f'{size}_bytes'], data=(row['dataset'], row['sha256']),
+                n_bytes=8 * row['data_bytes'] / row['bits_per_byte'])
 
 
 def means(points):
-    """Average points of one kind and alpha over seeds; returns {kind: [(alpha, model bytes, bits per byte, total)]}."""
+    """Average over seeds; returns {(kind, parameters): [(alpha, model bytes, bits per byte, total)]}, alpha rising."""
     groups = {}
     for p in points:
-        groups.setdefault((p['kind'], p['alpha']), []).append((p['model_bytes'], p['bits_per_byte'], p['total']))
+        key = p['kind'], p['n_params'], p['alpha']
+        groups.setdefault(key, []).append((p['model_bytes'], p['bits_per_byte'], p['total']))
     result = {}
-    for (kind, alpha), values in sorted(groups.items()):
-        result.setdefault(kind, []).append((alpha, *(sum(column) / len(values) for column in zip(*values))))
+    for (kind, n_params, alpha), values in sorted(groups.items()):
+        row = alpha, *(sum(column) / len(values) for column in zip(*values))
+        result.setdefault((kind, n_params), []).append(row)
     return result
 
 
 # --- drawing ---
 
-def in_bytes(n):
-    """Format a number of bytes to three digits."""
-    for unit, width in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+def short(n, unit=''):
+    """Format a count to three digits with k, M or G."""
+    for letter, width in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
         if n >= width:
-            return f'{n / width:.3g} {unit}'
-    return f'{n:.0f} B'
+            return f'{n / width:.3g} {letter}{unit}'
+    return f'{n:.3g} {unit}'.rstrip()
 
 
-def bytes_axis(axis):
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-    axis.set_major_formatter(FuncFormatter(lambda n, _: in_bytes(n)))
+def power(alpha):
+    """Format 0.0001 as 1e-4."""
+    mantissa, exponent = f'{alpha:.2e}'.split('e')
+    return f'{float(mantissa):g}e{int(exponent)}'
+
+
+def shorten_ticks(axis, unit=''):
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    axis.set_major_formatter(FuncFormatter(lambda n, _: short(n, unit)))
     axis.set_minor_formatter(NullFormatter())
+    if axis.get_scale() == 'log':
+        low, high = sorted(axis.get_view_interval())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
 
 
 def moving_average(values, n):
-    """Centred moving average over n values, over those that exist at the ends."""
+    """Centred moving average over n values, at the ends over those that exist."""
     import numpy as np
-    window = np.ones(min(n, len(values)))
-    return np.convolve(values, window, 'same') / np.convolve(np.ones(len(values)), window, 'same')
+    n = min(n, len(values))
+    sums = np.convolve(values, np.ones(n))                              # of values[i - n + 1 : i + 1]
+    counts = np.convolve(np.ones(len(values)), np.ones(n))
+    return (sums / counts)[n // 2:n // 2 + len(values)]
+
+
+def label_points(axis, labels, obstacles):
+    """Write (text, x, y, colour) beside the points, where it covers neither a point nor an earlier label."""
+    from matplotlib.transforms import Bbox
+    renderer = axis.figure.canvas.get_renderer()
+    axis.figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axis.transData.transform(obstacles)]
+    for text, x, y, colour in labels:
+        for dx, dy, side in ((7, 5, 'left'), (7, -11, 'left'), (-7, 5, 'right'), (-7, -11, 'right'), (0, 12, 'center'),
+                             (0, -18, 'center'), (16, -2, 'left'), (-16, -2, 'right'), (0, 22, 'center')):
+            note = axis.annotate(text, (x, y), (dx, dy), textcoords='offset points', fontsize=8.5, color=colour,
+                                 ha=side)
+            box = note.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            note.remove()
 
 
 def draw_curves(named, plt):
@@ -149,99 +182,117 @@ def draw_curves(named, plt):
     in_bits = all(c['factor'] for c in named.values())
     longest = max((c['seconds'][-1] for c in named.values() if c['seconds'] is not None), default=0)
     unit, width = ('hours', 3600) if longest > 7200 else ('minutes', 60) if longest > 180 else ('seconds', 1)
-    axes_of = {'step': ('training steps', 1), 'tokens': ('training tokens', 1)}
+    panels = {'step': ('training steps', 1), 'tokens': ('training tokens', 1)}
     if longest:
-        axes_of['seconds'] = (f'training time ({unit})', width)
-    figure, axes = plt.subplots(1, len(axes_of), figsize=(4.2 * len(axes_of), 4.3), sharey=True, layout='constrained')
+        panels['seconds'] = (f'training time ({unit})', width)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), sharey=True, layout='constrained')
     tops, lows = [], []
     for i, (name, c) in enumerate(named.items()):
         scale, colour = c['factor'] if in_bits else 1, COLOURS[i % len(COLOURS)]
         style = STYLES[i // len(COLOURS) % len(STYLES)]
         y = moving_average(c['nats'], smooth or max(1, len(c['nats']) // 50)) * scale
         thin = slice(None, None, max(1, len(y) // 2000))
-        tops.append(y[len(y) // 20])
-        lows += [y.min(), *(v * scale for _, v in c['val'])]
-        for axis, (column, (label, divisor)) in zip(axes, axes_of.items()):
+        tops.append(y[len(y) // 5])
+        lows += [y.min(), *(nats * scale for _, nats in c['val'])]
+        for axis, (column, (label, divisor)) in zip(axes, panels.items()):
+            axis.set_xlabel(label)
             if c[column] is None:
                 continue
             x = c[column] / divisor
-            axis.plot(x[thin], y[thin], style, color=colour, lw=1.4, label=name if column == 'step' else None)
+            axis.plot(x[thin], y[thin], style, color=colour, lw=1.3, label=name)
             if c['val']:
                 steps, nats = np.array(c['val']).T
-                axis.plot(np.interp(steps, c['step'], x), nats * scale, 'o', color=colour, ms=5, mfc='white', mew=1.3)
+                axis.plot(np.interp(steps, c['step'], x), nats * scale, 'o', color=colour, ms=4.5, mfc='white', mew=1.2)
             axis.plot(np.interp(c['prunings'], c['step'], x), np.interp(c['prunings'], c['step'], y), 'v', color=colour,
                       ms=7, mec='white', mew=0.8, zorder=4)
-            axis.set_xlabel(label)
-    axes[0].set_ylabel('loss (bits per byte)' if in_bits else 'loss (nats per token)')
-    axes[0].set_ylim(min(lows) - 0.05 * (max(tops) - min(lows)), max(tops) + 0.1 * (max(tops) - min(lows)))
-    keys = [plt.Line2D([], [], ls='', marker='o', color=GREY, mfc='white', mew=1.3, label='validation'),
-            plt.Line2D([], [], ls='', marker='v', color=GREY, ms=7, label='pruning')]
+    margin = 0.05 * (max(tops) - min(lows)) or 0.1
+    axes[0].set(ylim=(min(lows) - margin, max(tops) + margin),
+                ylabel='training loss (bits per byte)' if in_bits else 'training loss (nats per token)')
+    for axis in axes[:2]:
+        axis.locator_params('x', nbins=6)
+        shorten_ticks(axis.xaxis)
     handles = axes[0].get_legend_handles_labels()[0]
-    figure.legend(handles=handles + keys, loc='outside lower center', ncols=min(6, len(handles) + 2))
+    handles += [plt.Line2D([], [], ls='', marker='o', color=GREY, ms=4.5, mfc='white', mew=1.2, label='validation'),
+                plt.Line2D([], [], ls='', marker='v', color=GREY, ms=7, label='pruning')]
+    figure.legend(handles=handles, loc='outside lower center', ncols=min(6, len(handles)))
     return figure
 
 
-def draw_size(points, n_bytes, name, plt):
+def draw_size(points, name, n_bytes, plt):
     """Loss against model size, with lines along which model bytes + data bytes stay the same."""
     import numpy as np
-    figure, axis = plt.subplots(figsize=(7.2, 5.2), layout='constrained')
+    from matplotlib.ticker import MaxNLocator
+    figure, axis = plt.subplots(figsize=(7.4, 5.6), layout='constrained')
     x, y = np.array([(p['model_bytes'], p['bits_per_byte']) for p in points]).T
-    pad = max(0.08 * (y.max() - y.min()), 0.02)
+    pad = max(0.12 * (y.max() - y.min()), 0.02)
     left, right, low, high = x.min() / 1.6, x.max() * 1.6, y.min() - pad, y.max() + pad
-    sizes = np.geomspace(left, right, 400)
-    for total in np.geomspace(left + low * n_bytes / 8, right + high * n_bytes / 8, 11)[1:-1]:
-        total = float(f'{total:.2g}')
-        line = (total - sizes) * 8 / n_bytes
-        axis.plot(sizes, line, color='#BBBBBB', lw=0.9, zorder=1)
-        if low + pad / 3 < line[0] < high:
-            axis.text(left * 1.03, line[0], in_bytes(total), color=GREY, fontsize=8, va='bottom')
-    best = min(points, key=lambda p: p['total'])
-    for kind, rows in means(points).items():
+    axis.set(xscale='log', xlim=(left, right), ylim=(low, high), xlabel=f'model bytes ({SIZES[size]})',
+             ylabel='code length of the training split (bits per byte)',
+             title=f'{name}, {short(n_bytes, "B")}: along a grey line, model bytes + data bytes are the same')
+    shorten_ticks(axis.xaxis, 'B')
+    axis.grid(False)
+    sizes, ends, last = np.geomspace(left, right, 400), (left + low * n_bytes / 8, right + high * n_bytes / 8), 0
+    near = ends[1] < 8 * ends[0]
+    for total in MaxNLocator(12).tick_values(*ends) if near else np.geomspace(*ends, 14):
+        line, top = (total - sizes) * 8 / n_bytes, total - high * n_bytes / 8           # top: where it leaves the frame
+        axis.plot(sizes, line, color='#C4C4C4', lw=0.9, zorder=1)
+        if low < line[0] < high - pad / 2:
+            axis.text(left * 1.02, line[0], short(total, 'B'), color=GREY, fontsize=8, va='bottom')
+        elif max(left, last * (right / left) ** 0.08) < top < right / 1.2:
+            axis.text(top, high, short(total, 'B'), color=GREY, fontsize=8, va='top')
+            last = top
+    labels, n_params = [], sorted({p['n_params'] for p in points})
+    for (kind, n), rows in means(points).items():
         colour, marker = KINDS[kind]
-        axis.plot([r[1] for r in rows], [r[2] for r in rows], '-', color=colour, lw=1, alpha=0.6, zorder=2)
-        mine = [p for p in points if p['kind'] == kind]
-        axis.plot([p['model_bytes'] for p in mine], [p['bits_per_byte'] for p in mine], marker, color=colour, ms=8,
-                  mec='white', mew=0.8, zorder=3, label=kind)
-        for alpha, model_bytes, bits, _ in rows if kind not in (UNPRUNED, TAMADE) else ():
-            axis.annotate(f'α = {alpha:.3g}', (model_bytes, bits), (6, 6), textcoords='offset points', fontsize=8,
-                          color=colour)
-    axis.plot(best['model_bytes'], best['bits_per_byte'], 'o', ms=16, mfc='none', mec='#D00000', mew=1.6, zorder=4,
-              label=f'shortest: {in_bytes(best["total"])} ({best["name"]})')
-    axis.set(xscale='log', xlim=(left, right), ylim=(low, high), xlabel=f'model size ({size})',
-             ylabel=f'loss on {name}, training split (bits per byte)',
-             title=f'{name}, {in_bytes(n_bytes)}: grey lines have equal model bytes + data bytes')
-    bytes_axis(axis.xaxis)
-    axis.legend(loc='upper right')
+        axis.plot([r[1] for r in rows], [r[2] for r in rows], '-', color=colour, lw=1, alpha=0.5, zorder=2)
+        mine = [p for p in points if (p['kind'], p['n_params']) == (kind, n)]
+        axis.plot([p['model_bytes'] for p in mine], [p['bits_per_byte'] for p in mine], marker, color=colour, zorder=3,
+                  ms=8 - n_params.index(n) % 2, mec=colour if n_params.index(n) % 2 else 'white',
+                  mfc='white' if n_params.index(n) % 2 else colour, mew=1.5 if n_params.index(n) % 2 else 0.8,
+                  label=kind if len(n_params) == 1 else f'{kind}, {short(n)} weights')
+        labels += [(f'α = {power(alpha)}', x, y, colour) for alpha, x, y, _ in rows if alpha]
+    best = min(points, key=lambda p: p['total'])
+    axis.plot(best['model_bytes'], best['bits_per_byte'], 'o', ms=15, mfc='none', mec='black', mew=1.3, zorder=4,
+              label=f'shortest: {short(best["total"], "B")} ({best["name"]})')
+    handles = axis.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc='outside lower center', ncols=min(3, len(handles)))
+    label_points(axis, labels, list(zip(x, y)))
     return figure
 
 
-def draw_alpha(points, n_bytes, name, plt):
-    """Two-part description length against alpha, with what neither alpha nor pruning, and no model at all, would give."""
-    figure, axis = plt.subplots(figsize=(7.2, 5.0), layout='constrained')
-    grouped = means(points)
-    references = [(kind, grouped[kind][0][3], KINDS[kind][0]) for kind in (UNPRUNED, TAMADE) if kind in grouped]
-    references.append(('raw data', n_bytes, GREY))
-    for kind in [k for k in grouped if k not in (UNPRUNED, TAMADE)]:
+def draw_alpha(points, name, n_bytes, plt):
+    """Two-part description length against alpha, beside what no alpha, no pruning and no model at all give."""
+    figure, axis = plt.subplots(figsize=(7.8, 5.0), layout='constrained')
+    grouped, references = {kind: rows for (kind, _), rows in means(points).items()}, [('raw data', n_bytes, GREY)]
+    for kind, rows in grouped.items():
         colour, marker = KINDS[kind]
-        axis.plot([r[0] for r in grouped[kind]], [r[3] for r in grouped[kind]], '-', color=colour, lw=1.6)
+        if kind in (UNPRUNED, TAMADE):
+            references.append((kind, rows[0][3], colour))
+            continue
+        axis.plot([r[0] for r in rows], [r[3] for r in rows], '-', color=colour, lw=1.6, zorder=2)
         mine = [p for p in points if p['kind'] == kind]
         axis.plot([p['alpha'] for p in mine], [p['total'] for p in mine], marker, color=colour, ms=8, mec='white',
-                  mew=0.8, label=kind)
-    for text, total, colour in references:
+                  mew=0.8, zorder=3)
+        axis.plot([], [], marker + '-', color=colour, ms=8, mec='white', mew=0.8, label=kind)
+    for _, total, colour in references:
         axis.axhline(total, color=colour, lw=1.2, ls='--', zorder=1)
-        axis.annotate(f'{text}, {in_bytes(total)}', (0.005, total), (0, 3), xycoords=('axes fraction', 'data'),
-                      textcoords='offset points', fontsize=8.5, color=colour)
-    totals = [p['total'] for p in points] + [n_bytes]
-    alphas = [p['alpha'] for p in points if p['alpha']]
-    if min(alphas) / 2 < 32 * LN2 / n_bytes < max(alphas) * 2:
-        axis.axvline(32 * LN2 / n_bytes, color='#BBBBBB', lw=1, ls=':', zorder=0)
-        axis.annotate('32 ln 2 / N', (32 * LN2 / n_bytes, 0.01), (4, 2), xycoords=('data', 'axes fraction'),
-                      textcoords='offset points', fontsize=8, color=GREY)
-    axis.set(xscale='log', xlabel='regularisation strength α', ylabel=f'model + data bytes (model as {size})',
-             yscale='log' if max(totals) > 6 * min(totals) else 'linear',
+    totals, alphas = [p['total'] for p in points] + [n_bytes], [p['alpha'] for p in points if p['alpha']]
+    axis.set(xscale='log', yscale='log' if max(totals) > 6 * min(totals) else 'linear',
+             xlabel='regularisation strength α', ylabel=f'model bytes ({SIZES[size]}) + data bytes',
              title=f'{name}: description length of the training split')
-    bytes_axis(axis.yaxis)
+    shorten_ticks(axis.yaxis, 'B')
+    if min(alphas) / 2 < 32 * LN2 / n_bytes < max(alphas) * 2:
+        axis.axvline(32 * LN2 / n_bytes, color=GREY, lw=1, ls=':', zorder=0)
+        axis.annotate('32 ln 2 / N', (32 * LN2 / n_bytes, 0.5), (3, 0), xycoords=('data', 'axes fraction'), rotation=90,
+                      textcoords='offset points', fontsize=8, color=GREY, va='center')
     axis.legend(loc='best')
+    figure.draw_without_rendering()
+    floor = 0.0                                 # labels stand at the right end of the lines, pushed apart upwards
+    for text, total, colour in sorted(references, key=lambda r: r[1]):
+        height = axis.transAxes.inverted().transform(axis.transData.transform((alphas[0], total)))[1]
+        axis.text(1.01, max(height, floor), f'{text}\n{short(total, "B")}', transform=axis.transAxes, color=colour,
+                  fontsize=8.5, va='center')
+        floor = max(height, floor) + 0.085
     return figure
 
 
@@ -255,8 +306,8 @@ def main(argv=None):
 
     import runs
     plt.rcParams.update({'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-                         'grid.color': '#E6E6E6', 'grid.linewidth': 0.7, 'axes.axisbelow': True, 'legend.frameon': False,
-                         'axes.titlesize': 10.5, 'savefig.bbox': 'tight', 'pdf.fonttype': 42})
+                         'grid.color': '#E6E6E6', 'grid.linewidth': 0.7, 'axes.axisbelow': True,
+                         'legend.frameon': False, 'axes.titlesize': 10.5, 'savefig.bbox': 'tight', 'pdf.fonttype': 42})
     records, evaluated = {}, {}
     for folder in folders:
         record = runs.read_run(folder)
@@ -277,27 +328,33 @@ def main(argv=None):
     if curves:
         save('training_curves', draw_curves(curves, plt))
     else:
-        print(f'skipped training_curves: none of {len(folders)} folders has a train_loss.csv and log.txt of two steps')
-    points = [read_point(folder, r, evaluated.get(os.path.abspath(folder))) for folder, r in records.items()]
-    for problem in (p for p in points if isinstance(p, str)):
-        print(f'left out of size and alpha: {problem}')
+        print(f'skipped training_curves: none of {len(folders)} folders has a train_loss.csv and a log.txt')
     by_data = {}
-    for p in points:
-        if not isinstance(p, str):
+    for folder, record in records.items():
+        p = read_point(folder, record, evaluated.get(os.path.abspath(folder)))
+        if isinstance(p, str):
+            print(f'left out of size and alpha: {p}')
+        else:
             by_data.setdefault(p['data'], []).append(p)
     if not by_data:
         print('skipped size and alpha: no run has a loss of its whole training split')
-    for (name, n_bytes), mine in by_data.items():
-        label = name if sum(name == other for other, _ in by_data) == 1 else f'{name}_{n_bytes}'
-        if len(mine) < 2:
+    for (name, sha256), mine in by_data.items():
+        n_bytes = sum(p['n_bytes'] for p in mine) / len(mine)
+        label = name if sum(name == other for other, _ in by_data) == 1 else f'{name}_{sha256[:8]}_{n_bytes:.0f}'
+        if len(mine) > 1:
+            save(f'size_{label}', draw_size(mine, name, n_bytes, plt))
+        else:
             print(f'skipped size_{label}: 1 run, expected at least 2 on one data set')
-        else:
-            save(f'size_{label}', draw_size(mine, n_bytes, name, plt))
-        kinds = {k: len(rows) for k, rows in means(mine).items() if k not in (UNPRUNED, TAMADE)}
-        if max(kinds.values(), default=0) < 2:
-            print(f'skipped alpha_{label}: expected at least 2 values of alpha > 0 of one procedure, got {kinds or "none"}')
-        else:
-            save(f'alpha_{label}', draw_alpha(mine, n_bytes, name, plt))
+        alphas = {k: len(rows) for k, rows in means(mine).items() if k[0] not in (UNPRUNED, TAMADE)}
+        swept = sorted({n_params for (_, n_params), n in alphas.items() if n > 1})
+        for n_params in swept:
+            same = [p for p in mine if p['n_params'] == n_params]
+            figure = draw_alpha(same, name, n_bytes, plt)
+            save(f'alpha_{label}_{n_params}' if len(swept) > 1 else f'alpha_{label}', figure)
+        if not swept:
+            found = ', '.join(f'{n} of {kind} ({short(n_params)} weights)' for (kind, n_params), n in alphas.items())
+            print(f'skipped alpha_{label}: expected one model and procedure at 2 values of alpha > 0, got'
+                  f' {found or "none"}')
     return 0
 
 

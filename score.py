@@ -55,9 +55,10 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
         x, y = env.put(x), env.put(y)
         with env.autocast():
             logits = model(x)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction='none')
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction='none').cpu()
         correct = (logits.argmax(-1) == y).sum()                # padding targets are -1, never an argmax
-        sums += torch.stack((nats.sum(dtype=torch.float64), (y >= 0).sum().double(), correct.double())).cpu()
+        counts = torch.stack(((y >= 0).sum(), correct)).cpu()     # on the CPU: MPS has no float64
+        sums += torch.cat((nats.sum(dtype=torch.float64)[None], counts.double()))
         bar.update(len(batch) * env.world)
     bar.close()
     model.train(was_training)

@@ -483,7 +483,7 @@ def main(argv=None):
                 note(f"train phase={phase['name']} epoch={epoch} step={step} loss={mean:.5f} bpb={bpb:.4f} lr={lr:.3g}"
                      f' grad_norm={norm:.3g} nonzeros={counters["nonzeros"]} tokens_per_second={speed:.0f}',
                      train_loss=mean, train_bits_per_byte=bpb, lr=lr, grad_norm=norm, grad_norm_penalised=penalised)
-                record.update(step=step, train_loss=mean, phase=phase['name'], tokens_per_second=round(speed))
+                record.update(step=step, train_loss=mean, phase=phase['name'], train_tokens_per_second=round(speed))
                 window = [time.time(), 0, 0.0]
             paused_at = time.time()
             if prunes_after(phase, done):

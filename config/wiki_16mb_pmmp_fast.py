@@ -1,6 +1,7 @@
 # torchrun --nproc_per_node=8 train.py config/wiki_16mb_pmmp_fast.py
-# about 12 minutes on one H100-class GPU (estimated: 4e16 FLOPs at 60 TFLOP/s; not run). Needs: python prepare_wiki40b.py
-# wiki_16mb_pmmp.py's data and model from a tenth of its training bytes: 45 epochs instead of 450. What differs, and why:
+# about 12 minutes on one H100-class GPU (estimated: 4e16 FLOPs at 60 TFLOP/s; not run).
+# Needs: python prepare_wiki40b.py
+# wiki_16mb_pmmp.py's data and model from a tenth of its training bytes (45 epochs instead of 450), and why.
 out_dir = 'out/wiki_16mb_pmmp_fast'
 dataset = 'wiki40b_en'
 train_only_on_leading_tokens = 16_384_000

@@ -1,6 +1,6 @@
 # torchrun --nproc_per_node=8 train.py config/wiki_16mb_vanilla.py
 # about 2 h on one H100-class GPU (estimated: 4.1e17 FLOPs at 60 TFLOP/s; not run). Needs: python prepare_wiki40b.py
-# Wiki-40B/en, leading 16,384,000 bytes, with the settings of arXiv 2505.17469 v1: plain training, never pruned: the reference.
+# Wiki-40B/en, leading 16,384,000 bytes, with the settings of arXiv 2505.17469 v1: the unpruned reference.
 out_dir = 'out/wiki_16mb_vanilla'
 dataset = 'wiki40b_en'
 train_only_on_leading_tokens = 16_384_000

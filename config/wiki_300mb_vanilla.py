@@ -1,6 +1,6 @@
 # torchrun --nproc_per_node=8 train.py config/wiki_300mb_vanilla.py
 # about 4.6 h on one H100-class GPU (estimated: 1.0e18 FLOPs at 60 TFLOP/s; not run). Needs: python prepare_wiki40b.py
-# Wiki-40B/en, leading 299,991,040 bytes, with the settings of arXiv 2505.17469 v1: plain training, never pruned: the reference.
+# Wiki-40B/en, leading 299,991,040 bytes, with the settings of arXiv 2505.17469 v1: the unpruned reference.
 out_dir = 'out/wiki_300mb_vanilla'
 dataset = 'wiki40b_en'
 train_only_on_leading_tokens = 299_991_040

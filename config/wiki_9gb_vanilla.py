@@ -1,6 +1,6 @@
 # torchrun --nproc_per_node=4 train.py config/wiki_9gb_vanilla.py
 # about 2.5 h on one H100-class GPU (estimated: 5.4e17 FLOPs at 60 TFLOP/s; not run). Needs: python prepare_wiki40b.py
-# Wiki-40B/en, leading 9,307,817,984 bytes, with the settings of arXiv 2505.17469 v1: plain training, never pruned: the reference.
+# Wiki-40B/en, leading 9,307,817,984 bytes, with the settings of arXiv 2505.17469 v1: the unpruned reference.
 out_dir = 'out/wiki_9gb_vanilla'
 dataset = 'wiki40b_en'
 train_only_on_leading_tokens = 9_307_817_984

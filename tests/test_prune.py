@@ -15,7 +15,8 @@ from conftest import snapshot
 @pytest.fixture
 def trained(train_tiny, tmp_path):
     """A run folder of 20 steps with PMMP, its gamma still in the checkpoint."""
-    train_tiny('--max_iters=20', '--procedure=pmmp', '--alpha=1e-4', '--procedure_learning_rate=0.05', '--final_train_blocks=0')
+    train_tiny('--max_iters=20', '--procedure=pmmp', '--alpha=1e-4', '--procedure_learning_rate=0.05',
+               '--final_train_blocks=0')
     return str(tmp_path / 'run')
 
 
@@ -56,7 +57,7 @@ def test_gamma_keeps_what_gamma_says(trained, tmp_path, toy):
 
 
 def test_sweep_and_unused_rows_leave_the_loss(trained, tmp_path, toy):
-    """A sweep of a heavily pruned model zeroes more weights; unused embedding rows cost nothing on data without them."""
+    """A sweep of a heavily pruned model zeroes more weights; rows of unused ids cost nothing."""
     flags = ('--method=magnitude', '--sparsity=0.97', '--scope=global')
     before, _ = pruned(trained, tmp_path, toy, *flags, '--no-sweep_dead_units', out='a')
     after, _ = pruned(trained, tmp_path, toy, *flags, '--drop_unused_rows', out='b')
@@ -105,7 +106,8 @@ def test_gamma_needs_a_pmmp_checkpoint(train_tiny, tmp_path, toy):
 def test_bench_measures_the_step_of_a_config(tmp_path):
     """bench.py's rows have a median, and the plain baseline is of the same size as our model."""
     config = tmp_path / 'c.py'
-    config.write_text("# python train.py c.py\nn_layer = 1\nn_embd = 16\nn_head = 2\nblock_size = 16\nbatch_size = 2\nprocedure = 'pmmp'\n")
+    config.write_text("# python train.py c.py\nn_layer = 1\nn_embd = 16\nn_head = 2\nblock_size = 16\nbatch_size = 2\n"
+                      "procedure = 'pmmp'\n")
     out = tmp_path / 'bench.json'
     assert bench.main(['step', str(config), '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
     row = json.loads(out.read_text())['step']['rows'][0]

@@ -1,0 +1,327 @@
+"""eval.py: every token once, code lengths against brute force, compressors against their libraries, bad input."""
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_text, run_script, write_dataset
+
+import archive as archive_file
+import bins
+import eval as evaluation
+import runs
+from configurator import UserError
+from model import GPT, ModelConfig, model_args
+
+T = 16
+N_TEST = 777                                    # bytes of conftest's test split: not a multiple of T
+
+
+def save(folder, spoil=None, dataset='toy', tokenizer='byte', seed=1, **options):
+    """Save a tiny model, changed by spoil(model), as a run folder; returns (path, model)."""
+    torch.manual_seed(seed)
+    config = dict(block_size=T, vocab_size=256, n_layer=1, n_head=2, n_embd=8, positions='learned') | options
+    model = GPT(ModelConfig(**config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():            # far from uniform, so that every prediction counts
+            p.add_(torch.randn_like(p) * 0.5)
+        if spoil:
+            spoil(model)
+    os.makedirs(folder, exist_ok=True)
+    facts = dict(dataset=dataset, sha256='', start_id=10, tokenizer=tokenizer)
+    runs.save_checkpoint(os.path.join(folder, 'ckpt.pt'), dict(
+        model=model.state_dict(), model_args=model_args(model), masks={}, config={}, data=facts))
+    return str(folder), model
+
+
+@torch.no_grad()
+def uniform(model):
+    model.head.weight.zero_()
+
+
+@torch.no_grad()
+def forget_context(model):
+    """Leave what depends on the input byte alone: a bigram model."""
+    model.position.weight.zero_()
+    for block in model.blocks:
+        block.attention.proj.weight.zero_()
+        block.attention.proj.bias.zero_()
+
+
+@torch.no_grad()
+def nats_of(model, context, target):
+    """Nats of one byte after a context of bytes: one forward for one prediction."""
+    return -float(model(torch.tensor([list(context)]))[0, -1].double().log_softmax(0)[target])
+
+
+def score(toy, tmp_path, *flags):
+    """Run eval.main; returns the rows of the one folder that it wrote last."""
+    assert evaluation.main([f'--data_dir={toy}', f'--out={tmp_path}', '--device=cpu', '--dtype=float32', *flags]) == 0
+    folders = [tmp_path / name for name in os.listdir(tmp_path) if name.startswith('eval-')]
+    with open(max(folders, key=lambda f: os.stat(f / 'run.json').st_mtime_ns) / 'run.json') as f:
+        record = json.load(f)
+    assert record['status'] == 'done'
+    return record['rows']
+
+
+def test_uniform_model_costs_8_bits_a_byte(toy, tmp_path):
+    """A zero head gives every byte 1/256: bytes in, bytes out."""
+    path, _ = save(tmp_path / 'u', uniform)
+    row, = score(toy, tmp_path, f'--from_ckpt={path}')
+    assert row['bits_per_byte'] == pytest.approx(8, abs=1e-6) and row['perplexity'] == pytest.approx(256, rel=1e-5)
+    assert (row['tokens'], row['text_bytes'], row['data_bytes']) == (N_TEST, N_TEST, N_TEST)
+
+
+@pytest.mark.parametrize('flags', [(), ('--batch_size=3',), ('--block_size=7',), ('--minimal_context_window=5',),
+                                   (f'--minimal_context_window={T}',), ('--block_size=1',)])
+def test_every_byte_is_scored_once_whatever_the_rows(toy, tmp_path, flags):
+    """A model that ignores context costs the sum over all pairs of neighbours, a byte missed or repeated would show."""
+    path, model = save(tmp_path / 'm', forget_context)
+    text = open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read()
+    with torch.no_grad():
+        table = model(torch.arange(256)[:, None])[:, 0].double().log_softmax(-1)
+    expected = -sum(float(table[a, b]) for a, b in zip(b'\n' + text, text))
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', *flags)
+    assert row['tokens'] == len(text) and row['loss_nats'] * len(text) == pytest.approx(expected, rel=1e-6)
+    assert row['accuracy'] == sum(int(table[a].argmax()) == b for a, b in zip(b'\n' + text, text)) / len(text)
+
+
+def test_code_lengths_agree_between_block_sizes_64_and_256(toy, tmp_path):
+    """Issue 2: the same for a model that ignores context; and not the same for one that uses it."""
+    blind, _ = save(tmp_path / 'blind', forget_context, block_size=256)
+    seeing, _ = save(tmp_path / 'seeing', block_size=256)
+    found = [[r['loss_nats'] for r in score(toy, tmp_path, f'--from_ckpt={blind},{seeing}', f'--block_size={size}')]
+             for size in (64, 256)]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert abs(found[0][1] - found[1][1]) > 1e-3
+
+
+@pytest.mark.parametrize('minimal', [0, 1, 6, T])
+def test_minimal_context_equals_one_forward_per_byte(toy, tmp_path, minimal):
+    """Brute force: rows of T bytes, each new one begins so that its first scored byte has `minimal` inputs."""
+    path, model = save(tmp_path / 'm')
+    text = open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read()[:90]
+    inputs, expected, start, shortest = b'\n' + text, 0.0, 0, T
+    for t, target in enumerate(text):
+        if t - start == T:                      # the row is full: the next starts with just enough context for t
+            start = t - max(minimal - 1, 0)
+        expected += nats_of(model, inputs[start:t + 1], target)
+        if t >= T:
+            shortest = min(shortest, t + 1 - start)
+    assert shortest == max(minimal, 1)
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', '--max_tokens=90', f'--minimal_context_window={minimal}')
+    assert row['tokens'] == 90 and row['loss_nats'] * 90 == pytest.approx(expected, rel=1e-5)
+
+
+def test_skipping_first_tokens_gives_the_published_convention(toy, tmp_path):
+    """A block's own bytes are its only context and its first byte is not scored: 15 of 16."""
+    path, model = save(tmp_path / 'm')
+    text, expected, n = open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read()[:90], 0.0, 0
+    for start in range(0, 90, T):
+        block = text[start:start + T]
+        for o in range(1, len(block)):
+            expected, n = expected + nats_of(model, block[:o], block[o]), n + 1
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', '--max_tokens=90', '--first_token=skip')
+    assert row['tokens'] == n == 90 - 6 and row['loss_nats'] * n == pytest.approx(expected, rel=1e-5)
+    assert row['bits_per_byte'] == pytest.approx(row['loss_nats'] / math.log(2))
+
+
+def test_several_checkpoints_on_several_sets_in_one_table(tmp_path, capsys):
+    """2 checkpoints x 2 sets x 2 splits are 8 rows; without --dataset each is scored on its own set."""
+    data = str(tmp_path / 'data')
+    write_dataset(data, 'one')
+    write_dataset(data, 'two', sizes=(500, 400, 300))
+    a, _ = save(tmp_path / 'a', uniform, dataset='one')
+    b, _ = save(tmp_path / 'b', dataset='two')
+    rows = score(data, tmp_path, f'--from_ckpt={a},{b}', '--dataset=one,two', '--split=val,test')
+    assert [(r['run'], r['data']) for r in rows] == [(run, f'{name}/{part}') for run in 'ab' for name in ('one', 'two')
+                                                    for part in ('val', 'test')]
+    printed = capsys.readouterr().out
+    assert printed.count('| a ') == 4 and printed.count('| b ') == 4
+    folder = tmp_path / printed.splitlines()[-1].split(os.sep)[-1]
+    assert (folder / 'table.md').read_text() in printed
+    with open(folder / 'table.csv', newline='') as f:
+        assert [float(r['bits_per_byte']) for r in csv.DictReader(f)] == [r['bits_per_byte'] for r in rows]
+    own = score(data, tmp_path, f'--from_ckpt={a},{b}')
+    assert [(r['run'], r['data']) for r in own] == [('a', 'one/test'), ('b', 'two/test')]
+    assert [r['loss_nats'] for r in own] == [rows[1]['loss_nats'], rows[7]['loss_nats']]
+
+
+def test_description_lengths_are_model_plus_data(toy, tmp_path):
+    """raw and nnz4 counted by hand, data by -log2 p, the training split with the online length of the run."""
+    def prune(model):
+        model.embed.weight[:, :5] = 0
+    path, model = save(tmp_path / 'm', prune)
+    runs.write_json(os.path.join(path, 'run.json'), dict(online_description_length_bytes=4321))
+    test, train = score(toy, tmp_path, f'--from_ckpt={path}', '--description_length')
+    n = sum(p.numel() for p in model.parameters())
+    nonzeros = n - 256 * 5
+    for row, split, size in ((test, 'test', N_TEST), (train, 'train', 4096)):
+        assert (row['split'], row['tokens'], row['n_params'], row['nonzeros']) == (split, size, n, nonzeros)
+        data_bytes = row['loss_nats'] * size / math.log(2) / 8
+        assert row['data_bytes'] == round(data_bytes)
+        assert row['raw_total_bytes'] == 4 * n + row['data_bytes']
+        assert row['nnz4_total_bytes'] == 4 * nonzeros + row['data_bytes']
+        assert row['data_bytes'] < row['bits_est_total_bytes'] < row['data_bytes'] + n + 2 * 1000
+    assert train['online_bytes'] == 4321 and 'online_bytes' not in test
+
+
+def test_archive_stands_in_the_row_of_the_text_it_holds(toy, tmp_path, monkeypatch, capsys):
+    """The size is that of the file on disk; an archive of another text is said to be one."""
+    path, _ = save(tmp_path / 'm', uniform)
+    packed = tmp_path / 'packed'
+    packed.write_bytes(b'x' * 555)
+    held = bins.read_meta(toy, 'toy')['splits']['test']['sha256']
+    monkeypatch.setattr(archive_file, 'read_archive', lambda raw, name: (1, dict(sha256=held, bytes=N_TEST), [], {}))
+    test, train = score(toy, tmp_path, f'--from_ckpt={path}', '--description_length', f'--archive={packed}')
+    assert test['archive_bytes'] == 555 and 'archive_bytes' not in train
+    assert 'holds another text than toy/train' in capsys.readouterr().out
+
+
+def test_baselines_equal_their_libraries(toy, tmp_path, monkeypatch):
+    """Whole file and per block, in bytes, with the settings that the name says."""
+    monkeypatch.setenv('PATH', '')
+    text = open(os.path.join(toy, 'toy', 'train.bin'), 'rb').read()
+    rows = score(toy, tmp_path, '--dataset=toy', '--split=train', '--baselines', '--block_size=256')
+    size = {r['run']: r['data_bytes'] for r in rows}
+    kinds = {'gzip -9': lambda t: gzip.compress(t, 9), 'bzip2 -9': lambda t: bz2.compress(t, 9),
+             'xz -9e': lambda t: lzma.compress(t, preset=9 | lzma.PRESET_EXTREME)}
+    for name, compress in kinds.items():
+        assert size[name] == len(compress(text))
+        assert size[f'{name}, each 256 bytes alone'] == sum(len(compress(text[i:i + 256])) for i in range(0, 4096, 256))
+    zstd = pytest.importorskip('zstandard')
+    assert size['zstd -19'] == len(zstd.ZstdCompressor(level=19).compress(text))
+    whole = next(r for r in rows if r['run'] == 'xz -9e')
+    assert whole['archive_bytes'] == whole['data_bytes'] and whole['bits_per_byte'] == 8 * size['xz -9e'] / 4096
+    assert all(('archive_bytes' in r) != ('per_block' in r) for r in rows)
+
+
+class Spy:
+    """A compressor that keeps what it gave."""
+
+    def __init__(self):
+        self.stream, self.given = bz2.BZ2Compressor(9), b''
+
+    def compress(self, data):
+        piece = self.stream.compress(data)
+        self.given += piece
+        return piece
+
+    def flush(self):
+        piece = self.stream.flush()
+        self.given += piece
+        return piece
+
+
+@pytest.mark.parametrize('n', [0, 1, evaluation.PIECE, 2 * evaluation.PIECE + 5])
+def test_streams_decode_to_the_text(n):
+    """What is counted is one whole stream, also of the empty text and of several pieces of 1 MiB."""
+    text, spy = np.resize(np.frombuffer(bytes(i * i % 251 for i in range(1000)), np.uint8), n), Spy()
+    assert evaluation.stream_bytes(lambda n_bytes: spy, text) == len(spy.given)
+    assert bz2.decompress(spy.given) == text.tobytes()
+
+
+def test_settings_are_those_of_the_name():
+    """On a text of several pieces: xz -9e is not xz -6, and every library takes the pieces as one text."""
+    text = np.frombuffer(make_text(evaluation.PIECE + 5), np.uint8)
+    size = {name: evaluation.stream_bytes(make, text[:40_000]) for name, make in evaluation.streams().items()}
+    assert size['xz -9e'] == len(lzma.compress(text[:40_000], preset=9 | lzma.PRESET_EXTREME))
+    assert size['xz -9e'] != len(lzma.compress(text[:40_000], preset=6))
+    assert size['gzip -9'] != len(gzip.compress(text[:40_000], 6))
+    for name in set(evaluation.streams()) - {'xz -9e', 'brotli -q 11', 'zstd --ultra -22 --long=27'}:      # slow ones
+        assert 0 < evaluation.stream_bytes(evaluation.streams()[name], text) < len(text) / 2
+
+
+def test_external_compressors_are_found_timed_and_excused(toy, tmp_path, monkeypatch, capsys):
+    """A tool on PATH gives a row; one that hangs or fails gives a line and the others still run."""
+    tools = tmp_path / 'tools'
+    tools.mkdir()
+    scripts = dict(bzip3='/bin/cp "$4" "$5"; printf more >> "$5"', zpaq='/bin/sleep 20')
+    scripts['7z'] = 'exit 3'
+    for name, body in scripts.items():
+        (tools / name).write_text(f'#!/bin/sh\n{body}\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv('PATH', str(tools))
+    rows = score(toy, tmp_path, '--dataset=toy', '--baselines', '--baseline_timeout=0.3')
+    assert {r['run']: r['data_bytes'] for r in rows}['bzip3'] == N_TEST + 4
+    printed = capsys.readouterr().out
+    assert 'zpaq -m5 on toy/test: stopped after 0.3 s' in printed and '7z PPMd on toy/test: failed' in printed
+    assert not {'zpaq -m5', '7z PPMd'} & {r['run'] for r in rows} and 'xz -9e' in printed
+
+
+def test_no_baselines_where_the_file_is_not_the_text(tmp_path, capsys):
+    """Token ids are no text: that is said, and no compressor is run on them."""
+    data = str(tmp_path / 'data')
+    writer = bins.BinWriter(os.path.join(data, 'bpe'), 'test', 'uint16')
+    writer.write(list(range(300)), text_bytes=1234)
+    bins.write_meta(os.path.join(data, 'bpe'), 'prepare_text.py', [], dict(test=writer.commit()), 'x', 'uint16', 300, 0,
+                    dict(name='gpt2', sha256=''))
+    path, _ = save(tmp_path / 'm', uniform, dataset='bpe', tokenizer='gpt2', vocab_size=300)
+    row, = score(data, tmp_path, f'--from_ckpt={path}', '--baselines')
+    assert 'no baselines on bpe/test: its .bin holds gpt2 ids' in capsys.readouterr().out
+    assert row['bits_per_byte'] == pytest.approx(300 * math.log2(300) / 1234)
+
+
+def test_the_same_evaluation_is_not_done_twice(toy, tmp_path, monkeypatch, capsys):
+    """From the same commit the table is read back; another knob, --overwrite or a changed tree scores again."""
+    import score as scoring
+    path, _ = save(tmp_path / 'm', uniform)
+    monkeypatch.setattr(runs, 'commit_id', lambda: '0123456789ab')
+    score(toy, tmp_path, f'--from_ckpt={path}')
+    first = capsys.readouterr().out
+    calls, real = [], scoring.evaluate
+    monkeypatch.setattr(scoring, 'evaluate', lambda *a, **k: calls.append(1) or real(*a, **k))
+    score(toy, tmp_path, f'--from_ckpt={path}')
+    again = capsys.readouterr().out
+    assert not calls and again.splitlines()[:3] == first.splitlines()[:3] and '--overwrite' in again
+    for flags, commit in ((('--overwrite',), '0123456789ab'), (('--max_tokens=50',), '0123456789ab'), ((), 'x-dirty')):
+        monkeypatch.setattr(runs, 'commit_id', lambda commit=commit: commit)
+        before = len(calls)
+        score(toy, tmp_path, f'--from_ckpt={path}', *flags)
+        assert len(calls) == before + 1, flags
+
+
+BAD = {
+    'no checkpoint': ('--from_ckpt=MISSING', 'no checkpoint at'),
+    'second one missing': ('--from_ckpt=GOOD,MISSING', 'no checkpoint at'),
+    'cut checkpoint': ('--from_ckpt=CUT', 'cut short or not a checkpoint'),
+    'nothing to do': ('', 'from_ckpt is empty'),
+    'unknown split': ('--from_ckpt=GOOD --split=tset', "no split 'tset'"),
+    'unknown set': ('--from_ckpt=GOOD --dataset=nope', 'no data set'),
+    'vocabulary': ('--from_ckpt=SMALL', 'vocabulary of 100'),
+    'tokenizer': ('--from_ckpt=BPE', "'gpt2' tokens"),
+    'block size': ('--from_ckpt=GOOD --block_size=17', 'at most 16'),
+    'context': ('--from_ckpt=GOOD --minimal_context_window=17', 'at most 16'),
+    'convention': ('--from_ckpt=GOOD --first_token=drop', 'first_token'),
+    'negative': ('--from_ckpt=GOOD --max_tokens=-1', 'max_tokens = -1'),
+    'archive count': ('--from_ckpt=GOOD --archive=a,b', 'expected one each'),
+    'no archive': ('--from_ckpt=GOOD --archive=MISSING', 'no archive at'),
+    'not an archive': ('--from_ckpt=GOOD --archive=CUT', 'is not a nanoMDL archive'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(toy, tmp_path, name):
+    """The line names the value and the cure; no folder is left that looks like an evaluation."""
+    flags, expected = BAD[name]
+    places = dict(GOOD=save(tmp_path / 'good')[0], SMALL=save(tmp_path / 'small', vocab_size=100)[0],
+                  BPE=save(tmp_path / 'bpe', tokenizer='gpt2')[0], MISSING=str(tmp_path / 'missing'),
+                  CUT=str(tmp_path / 'cut.pt'))
+    with open(os.path.join(places['GOOD'], 'ckpt.pt'), 'rb') as f:
+        (tmp_path / 'cut.pt').write_bytes(f.read()[:5000])
+    for word, path in places.items():
+        flags = flags.replace(word, path)
+    with pytest.raises(UserError, match=expected) as caught:
+        evaluation.main([f'--data_dir={toy}', f'--out={tmp_path / "out"}', '--device=cpu', *flags.split()])
+    assert '\n' not in str(caught.value) and not (tmp_path / 'out').exists()
+
+
+def test_a_script_error_is_one_line_and_exit_code_1(toy, tmp_path):
+    done = run_script('eval.py', f'--from_ckpt={tmp_path}', f'--data_dir={toy}')
+    assert done.returncode == 1 and done.stderr.startswith('error: no checkpoint') and done.stderr.count('\n') == 1
