@@ -24,10 +24,7 @@ demo: .venv/run
 	head -c 32768 data/sample/test.bin > out/demo.txt
 	$(PY) compress.py pack $(DEMO)/ckpt.pt out/demo.txt out/demo.two-part
 	$(PY) compress.py unpack out/demo.two-part out/demo.decoded && cmp out/demo.txt out/demo.decoded
-	$(PY) compress.py online out/demo.txt out/demo.online
-	$(PY) compress.py unpack out/demo.online out/demo.decoded && cmp out/demo.txt out/demo.decoded
 	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --baselines --overwrite
-	@wc -c out/demo.txt out/demo.two-part out/demo.online
 	$(PY) runs.py
 
 test: .venv/dev
