@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
+from conftest import snapshot
 
 import bench
 import prune
 import runs
 from configurator import UserError
-from conftest import snapshot
 
 
 @pytest.fixture
