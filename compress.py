@@ -84,6 +84,9 @@ def choose_weights(model, checkpoint, ids, start_id, say):
     import weights
     args = checkpoint['model_args']
     folded = weights.fold(checkpoint['model'], args)
+    broken = [n for n, w in folded.items() if not np.isfinite(w).all()]
+    if broken:
+        raise UserError(f'{broken[0]} of the checkpoint is not finite; use an older checkpoint')
     weights.load_folded(model, folded)
     x, y = sample(ids, start_id, args['block_size'], sample_rows)
     before = float_bits(model, x, y).mean()
@@ -156,6 +159,7 @@ def pack(checkpoint_path, path, out, say):
     from runs import load_checkpoint
     checkpoint = load_checkpoint(checkpoint_path)
     args, data = dict(checkpoint['model_args'], dropout=0.0), checkpoint.get('data') or {}
+    exact.check_covered(args)
     raw = read_input(path)
     name, start_id = tokenizer or data.get('tokenizer') or 'byte', int(data.get('start_id', 10))
     ids, strings = tokenize(raw, name)
@@ -199,6 +203,7 @@ def pack(checkpoint_path, path, out, say):
         elif strings:
             sections['tokn'] = lzma.compress(pack_strings(strings), preset=9)
     else:
+        say('no block is worth coding with this model: the file is stored as it is')
         sections.pop('wght', None)
     overhead = write_archive(out, TWO_PART, head, sections, blocks)
     return raw, overhead + bits / 8

@@ -191,6 +191,21 @@ def known_answer(device):
     return tuple(good)
 
 
+def _over(number, x):
+    """number / x as a division of tensors: with a scalar on one side torch may multiply by a reciprocal."""
+    return torch.full_like(x, number).div_(x)
+
+
+def check_covered(args):
+    """Refuse a model that this file does not evaluate; args as in a checkpoint's model_args."""
+    known = dict(positions=('sinusoidal', 'learned', 'rotary'), norm=('layernorm', 'rmsnorm'),
+                 activation=('gelu', 'gelu_tanh', 'relu2'))
+    plain = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'bias', 'qk_norm', 'dropout'}
+    strange = [f'{k} = {v!r}' for k, v in args.items() if (v not in known[k] if k in known else k not in plain)]
+    if strange:
+        raise UserError(f'the codec does not cover models with {", ".join(strange)}; exact.py says what it does')
+
+
 class Exact:
     """A GPT on integers. tensors: {name: (integers, scale)} as fold() names them; sites, wide: see choose_sites.
 
@@ -290,9 +305,9 @@ class Exact:
         lim = float((1 << norm_bits(self.C)) - 1)
         d = self._fit(x * scale, lim, scale, site)
         if self.args['norm'] == 'layernorm':
-            d -= (d.sum(-1, keepdim=True) / self.C).round_()
-        variance = (d * d).sum(-1, keepdim=True) / (self.C * scale * scale)
-        return d, (1.0 / scale) / (variance + EPSILON).sqrt_()
+            d -= (d.sum(-1, keepdim=True) * (1.0 / self.C)).round_()
+        variance = (d * d).sum(-1, keepdim=True) * (1.0 / (self.C * scale * scale))
+        return d, _over(1.0 / scale, (variance + EPSILON).sqrt_())
 
     def _matmul(self, a, p):
         """Integers a (..., in) times a matrix: by int8 products of base-128 limbs where faster, else in floats."""
@@ -320,8 +335,8 @@ class Exact:
         """QK-norm, rotary positions, rounding; z (B, H, T, D) in units of site k."""
         if self.args['qk_norm']:
             z = z.double().round_().clamp_(-WIDE_LIMIT, WIDE_LIMIT)
-            mean = (z * z).sum(-1, keepdim=True) / (self.D * NORM_SCALE * NORM_SCALE)
-            z = z * ((1.0 / NORM_SCALE) / (mean + EPSILON).sqrt_()) * b[k + '_gain']
+            mean = (z * z).sum(-1, keepdim=True) * (1.0 / (self.D * NORM_SCALE * NORM_SCALE))
+            z = z * _over(1.0 / NORM_SCALE, (mean + EPSILON).sqrt_()) * b[k + '_gain']
         if self.position is None:
             stop = start + z.size(2)
             cos, sin, (first, second) = self.cos[start:stop], self.sin[start:stop], z.double().chunk(2, -1)
@@ -341,7 +356,7 @@ class Exact:
                 s[..., t - (j - i):].masked_fill_(later, -math.inf)
             s.sub_(s.amax(-1, keepdim=True)).mul_(-b['step']).clamp_max_(len(b['exp']) - 1)
             p = b['exp'].index_select(0, s.to(torch.int32).view(-1)).view(s.shape)
-            p.mul_(b['total'] / p.sum(-1, keepdim=True)).round_()
+            p.mul_(_over(b['total'], p.sum(-1, keepdim=True))).round_()
             out[:, :, i:j] = torch.matmul(p.to(b['run']), v[:, :, :t])
         return out.to(b['dtype'])
 

@@ -64,7 +64,9 @@ class SeededDropout(torch.nn.Module):
         self.p, self.generator = p, torch.Generator()
 
     def forward(self, x):
-        return x * (torch.rand(x.shape, generator=self.generator) >= self.p) * (1 / (1 - self.p)) if self.training else x
+        if not self.training:
+            return x
+        return x * (torch.rand(x.shape, generator=self.generator) >= self.p) * (1 / (1 - self.p))
 
 
 class Learner:
@@ -329,7 +331,7 @@ class Decoder(Session):
 def encode(path, out, knobs, state_path):
     """Write the online archive of a file to out; returns (original, computed bytes)."""
     require(*(at_least(f'online_{n}', knobs[f'online_{n}'], 1) for n in LIMITS),
-            (0 <= knobs['online_dropout'] < 1, f'online_dropout = {knobs["online_dropout"]}, expected 0 <= dropout < 1'),
+            (0 <= knobs['online_dropout'] < 1, f'online_dropout = {knobs["online_dropout"]}, expected 0 to below 1'),
             (knobs['device'] == 'cpu', f'device = {knobs["device"]!r}: online archives are made on the cpu'))
     raw = read_input(path)
     head = dict(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())

@@ -150,7 +150,7 @@ def choose_sites(args, tensors, seen, all_wide=False):
                     wide.append(int(all_wide))
                 limit = attention_limits(wide[-1], args['n_embd'] // args['n_head'], args['block_size'])[s == 'v']
                 codes.append(code_below(min(limit / largest, 4096 / largest if wide[-1] else math.inf)))
-    codes.append(code_below(2 ** bits / (5 * seen['x'][0])))
+    codes.append(code_below(2 ** bits / (5 * seen['x'][0] + 1e-9)))
     product('a', 'embed.weight' if args['tied'] else 'head.weight')
     return codes, wide
 

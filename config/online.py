@@ -1,5 +1,5 @@
 # python compress.py online FILE ARCHIVE config/online.py
-# COST of 1,000,000 bytes: about 20 minutes each way on 2 cores (estimated). Twice the default's updates per byte.
-# For texts of about a megabyte: more updates fit small texts too closely, and larger ones want a larger model.
-online_updates = 32             # per block of 128 bytes x 32 streams: every byte is trained on about 8 times
+# COST of 1,000,000 bytes: about 20 minutes each way on 2 cores (estimated from the first 200,000).
+# For texts of about a megabyte: the updates per byte of the default in larger blocks, so that fewer models are built.
 online_block = 128
+online_updates = 32             # every byte is trained on about 8 times

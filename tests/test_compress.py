@@ -151,6 +151,15 @@ def test_fewest_bytes_in_all(folder):
         assert (folder / 'best').stat().st_size <= 1.01 * (folder / 'fixed').stat().st_size
 
 
+def test_a_model_not_worth_its_bytes(folder, tmp_path):
+    """For a text of a few bytes the fewest bytes are no model at all: the text is stored."""
+    (folder / 'few').write_bytes(b'nothing until a byte')
+    assert pack(folder, 'few', 'few.arc') == 0
+    assert (folder / 'few.arc').stat().st_size < 300 and not sections_of(folder / 'few.arc')[3]
+    assert unpack(folder / 'few.arc', tmp_path / 'out') == 0
+    assert (tmp_path / 'out').read_bytes() == b'nothing until a byte'
+
+
 def test_bpe_model(folder, tmp_path):
     """A byte-level BPE model: bytes in, bytes out, the byte strings inside; text it cannot reproduce is refused."""
     from tokenizers import ByteLevelBPETokenizer
@@ -168,6 +177,19 @@ def test_bpe_model(folder, tmp_path):
     (tmp_path / 'text').write_bytes(b'not utf-8: \xff')
     with pytest.raises(UserError, match='not UTF-8'):
         pack(tmp_path, 'text', 'arc2')
+
+
+def test_models_that_cannot_be_packed(folder):
+    """Broken weights and unknown kinds of model are one line, before anything is written."""
+    checkpoint = torch.load(folder / 'ckpt.pt', weights_only=True)
+    checkpoint['model']['blocks.0.feed_forward.up.weight'][3, 4] = float('nan')
+    torch.save(checkpoint, folder / 'nan.pt')
+    checkpoint['model_args'] |= dict(mixer='masked')
+    torch.save(checkpoint, folder / 'kind.pt')
+    for name, message in (('nan.pt', 'not finite'), ('kind.pt', "does not cover models with mixer = 'masked'")):
+        with pytest.raises(UserError, match=message):
+            compress.main(['pack', str(folder / name), str(folder / 'text'), str(folder / 'none'), QUIET])
+    assert not (folder / 'none').exists()
 
 
 # --- the format ---
