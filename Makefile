@@ -35,7 +35,7 @@ lint: .venv/dev
 
 bench: .venv/run
 	$(PY) bench.py procedures
-	$(PY) bench.py plain
+	$(PY) bench.py plain --threads=1 --pairs=40
 
 clean:
 	rm -rf .venv out data/sample runs.csv
