@@ -61,7 +61,7 @@ def training_step(config, env, procedure, rows, seed=0):
     torch.manual_seed(seed)
     model = GPT(config).to(env.device)
     model_step = torch.compile(model) if env.kind == 'cuda' else model
-    optimizer = torch.optim.AdamW(optimizer_groups(model, 0.0), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(optimizer_groups(list(model.parameters()), 0.0), lr=1e-4, fused=True)
     params = sparse.regularised(model, 'matrices')
     theta, all_params = list(params.values()), list(model.parameters())
     edit, project = sparse.PROCEDURES[procedure]

@@ -212,7 +212,7 @@ def model_rows(path, bins, packed, env):
     import score
     import sparse
     model, checkpoint = runs.load_model(path, env.device)
-    sizes, length = sparse.model_sizes(model), block_size or model.config.block_size
+    sizes, length = sparse.model_sizes(model.parameters()), block_size or model.config.block_size
     for (name, part), data in bins.items():
         own = name == checkpoint['data']['dataset']
         if not (own or dataset):

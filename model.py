@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, at_least, one_of, require
 
@@ -150,6 +151,7 @@ class GPT(nn.Module):
         self.position = nn.Embedding(config.block_size, config.n_embd) if config.positions == 'learned' else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.recompute = False                  # activation checkpointing: keep a block's input only, run it twice
         self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
@@ -195,7 +197,10 @@ class GPT(nn.Module):
             rope = self.cos[start:stop], self.sin[start:stop]
         h = self.drop(h)
         for i, block in enumerate(self.blocks):
-            h = block(h, rope, cache[i] if cache else None)
+            if self.recompute and self.training:
+                h = checkpoint(block, h, rope, use_reentrant=False)
+            else:
+                h = block(h, rope, cache[i] if cache else None)
         return self.norm(h)
 
     def forward(self, x, y=None, cache=None):
@@ -233,8 +238,7 @@ def flops_per_token(config):
     return 6 * (12 * config.n_layer * c * c + config.vocab_size * c) + 12 * config.n_layer * c * config.block_size
 
 
-def optimizer_groups(model, weight_decay):
-    """Split parameters in two AdamW groups: matrices and embeddings decay, biases and norm gains do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def optimizer_groups(params, weight_decay):
+    """Split a list of parameters in two AdamW groups: matrices and embeddings decay, biases and norm gains do not."""
     return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]

@@ -1,7 +1,9 @@
 """Where a run lives: processes and device, checkpoints, the run folder, run.json; and the table of all runs.
 
     python runs.py                      gather out/*/run.json into runs.csv and print the table
+    python runs.py --watch              the unfinished runs with their progress, until Ctrl-C
     python runs.py status OUT_DIR       exit 0 done, 85 paused, 1 failed or unfinished (what an sbatch file asks)
+    python runs.py convert OUT_DIR/ckpt.sharded OUT_DIR/ckpt.pt             a sharded checkpoint as one file
 
 A run writes only its own run.json; runs.csv is derived, rebuilt whole, never edited.
 """
@@ -10,11 +12,14 @@ import csv
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from itertools import takewhile
 
 from bins import sha256_file, write_json
 from configurator import UserError, configure, one_of, require, run
@@ -22,15 +27,19 @@ from configurator import UserError, configure, one_of, require, run
 # -----------------------------------------------------------------------------
 out = 'out'                     # folder that holds the run folders
 csv_path = 'runs.csv'           # the table written; '' = print only
+watch = False                   # print the table of unfinished runs again and again
+watch_interval = 10.0           # seconds
 # -----------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
+LOST = re.compile(r'closed by peer|Connection reset|Connection refused|Broken pipe|NCCL|gloo', re.I)
 PAUSED = 85                     # exit status of a run that saved itself and wants to be continued
 COLUMNS = ('run_id experiment_name timestamp run_time status procedure model dataset alpha beta initial_p_value '
            'initial_u_value learning_rate batch_size seq_length epochs_prelude epochs epochs_fine_tuning seed '
            'tolerated_relative_loss_increase epsilon final_train_loss final_val_loss mean_train_loss mean_test_loss '
            'model_byte_size non_zero_params online_description_length_bytes training_runtime '
            'total_number_of_GPUs').split()
+WATCHED = 'run_id state phase step n_steps percent train_loss train_tokens_per_second hours_left seconds_ago'.split()
 SHOWN = ('run_id status procedure final_val_loss test_bits_per_byte non_zero_params sparsity archive_bytes '
          'training_runtime').split()
 
@@ -57,11 +66,24 @@ class Env:
             torch.cuda.set_device(self.local_rank)
         self.device = torch.device(self.kind, self.local_rank) if self.kind == 'cuda' else torch.device(self.kind)
         self.distributed = 'RANK' in os.environ
+        missing = [v for v in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if v not in os.environ]
+        require((not self.distributed or not missing, f'RANK is set but not {", ".join(missing)}; start with torchrun'),
+                (self.distributed or int(os.environ.get('SLURM_NTASKS', 1)) == 1 or 'SLURM_STEP_ID' not in os.environ,
+                 'srun started several copies that do not know of each other; use sbatch slurm/train.sbatch'))
         if self.distributed and not dist.is_initialized():
             dist.init_process_group('nccl' if self.kind == 'cuda' else 'gloo')
+            sys.excepthook = self._lost_contact
         if dtype == 'auto':
             dtype = 'float32' if self.kind != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
         self.dtype = dtype
+
+    def _lost_contact(self, kind, error, trace):
+        """A collective that fails because another rank has gone is one line, not a traceback of its transport."""
+        if not (issubclass(kind, RuntimeError) and LOST.search(str(error))):
+            return sys.__excepthook__(kind, error, trace)
+        print(f'error: rank {self.rank} of {self.world} lost contact with another rank, which has died or been killed'
+              f' (see its own message); continue with --init_from=resume [{str(error).splitlines()[0][:100]}]',
+              file=sys.stderr)
 
     def autocast(self):
         if self.dtype == 'float32':
@@ -121,37 +143,82 @@ def versions():
 
 
 def save_checkpoint(path, checkpoint, keep_last=1):
-    """Write a checkpoint dict under a temporary name and rename; keep_last > 1 keeps older ones as NAME.1, NAME.2."""
+    """Write a checkpoint dict under a temporary name and rename; keep_last > 1 keeps older ones as NAME.1, NAME.2.
+
+    A path that ends in .sharded becomes a folder that all ranks write together; its tensors may be DTensors.
+    """
     import torch
-    tmp = f'{path}.tmp'
+    import torch.distributed as dist
+    path = os.fspath(path)
+    sharded, tmp = path.endswith('.sharded'), f'{path}.tmp'
+    checkpoint = dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id())
     try:
-        torch.save(dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id()), tmp)
+        if sharded:
+            from parallel import save_sharded
+            if dist.get_rank() == 0:
+                remove(tmp)
+            dist.barrier()
+            save_sharded(tmp, checkpoint)
+            dist.barrier()
+            if dist.get_rank():
+                return
+        else:
+            torch.save(checkpoint, tmp)
     except (OSError, RuntimeError) as e:
-        if os.path.exists(tmp):
-            os.remove(tmp)
+        remove(tmp)
         raise UserError(f'cannot save {path} ({e}); the previous checkpoint is untouched; free some space') from None
     for i in range(keep_last - 1, 0, -1):
         older = path if i == 1 else f'{path}.{i - 1}'
         if os.path.exists(older):
-            os.replace(older, f'{path}.{i}')
-    os.replace(tmp, path)
+            replace(older, f'{path}.{i}')
+    replace(tmp, path)
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def replace(path, target):
+    """Rename over a file (atomic), or over a folder, which is removed first."""
+    if os.path.isdir(target):
+        shutil.rmtree(target)
+    os.replace(path, target)
+
+
+def newest_checkpoint(folder):
+    """Path of the checkpoint in a run folder, ckpt.pt or ckpt.sharded, the newer where there are both."""
+    paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt.sharded')]
+    return max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
 
 
 def load_checkpoint(path, device='cpu'):
-    """Load a checkpoint file (or a run folder's ckpt.pt) with weights_only; a cut or foreign file is a UserError."""
+    """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError."""
     import torch
-    if os.path.isdir(path):
-        path = os.path.join(path, 'ckpt.pt')
+    path = os.fspath(path)
+    sharded = os.path.exists(os.path.join(path, '.metadata')) or path.endswith('.sharded')
+    if os.path.isdir(path) and not sharded:
+        path = newest_checkpoint(path)
+        sharded = path.endswith('.sharded')
     if not os.path.exists(path):
         raise UserError(f'no checkpoint at {path!r}; train one with python train.py config/sample_pmmp.py')
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if sharded:
+            from parallel import load_sharded
+            checkpoint = load_sharded(path)
+        else:
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
         raise UserError(f'{path} is cut short or not a checkpoint ({(str(e) or repr(e)).splitlines()[0][:90]});'
                         ' use an older one or train again') from None
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT:
-        raise UserError(f'{path} has format {found!r}, this version reads {CHECKPOINT_FORMAT!r}')
+        newer = isinstance(found, str) and found.startswith('nanomdl-ckpt-')
+        cure = 'it was written by another version: update this repository' if newer else 'it is not one of ours'
+        raise UserError(f'{path} has format {found!r}, this version reads {CHECKPOINT_FORMAT!r}; {cure}')
     return checkpoint
 
 
@@ -190,15 +257,15 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
         if status == 'done':
             raise UserError(f'{path} holds a finished run, nothing is left to resume;'
                             ' use --overwrite or another --out_dir')
-    elif not overwrite and (status in ('done', 'paused') or os.path.exists(os.path.join(path, 'ckpt.pt'))):
+    elif not overwrite and (status in ('done', 'paused') or os.path.exists(newest_checkpoint(path))):
         how = 'continue it with --init_from=resume, ' if status != 'done' else ''
         raise UserError(f'out_dir {path!r} holds a {status or "checkpointed"} run; {how}'
                         'replace it with --overwrite or choose another --out_dir')
     os.makedirs(path, exist_ok=True)
     if not resume:
         for name in os.listdir(path):
-            if name.startswith(('ckpt.pt', 'best.pt')) or name in ('log.txt', 'train_loss.csv', 'run.json'):
-                os.remove(os.path.join(path, name))
+            if name.startswith(('ckpt.', 'best.pt')) or name in ('log.txt', 'train_loss.csv', 'run.json'):
+                remove(os.path.join(path, name))
 
 
 def read_run(path):
@@ -221,8 +288,8 @@ class RunRecord:
         self.path, self.main, self.started = os.path.join(out_dir, 'run.json'), env.main, time.time()
         self.values = dict(config, run_id=os.path.basename(os.path.normpath(out_dir)), status='running',
                            commit=commit_id(), timestamp=time.strftime('%Y-%m-%dT%H:%M:%S'), hardware=hardware(env),
-                           pid=os.getpid(), total_number_of_GPUs=env.world if env.kind == 'cuda' else 0,
-                           n_processes=env.world, **facts)
+                           pid=os.getpid(), host=platform.node(), n_processes=env.world,
+                           total_number_of_GPUs=env.world if env.kind == 'cuda' else 0, **facts)
         self.update()
         atexit.register(self._fail)
 
@@ -263,8 +330,47 @@ def rss_anon_bytes():
 
 def parent_of(path):
     """Name and hash of the checkpoint that a new one descends from."""
-    path = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
-    return dict(path=path, sha256=sha256_file(path)) if os.path.exists(path) else dict(path=path, sha256='')
+    if os.path.isdir(path) and not path.endswith('.sharded'):
+        path = newest_checkpoint(path)
+    identity = os.path.join(path, '.metadata') if os.path.isdir(path) else path
+    return dict(path=path, sha256=sha256_file(identity) if os.path.exists(identity) else '')
+
+
+# --- logs of a run ---
+
+def open_logs(out_dir, columns, step):
+    """Open log.txt and train_loss.csv, cut back to the given step, so that a resumed run has no gap and no repeat.
+
+    columns: of the CSV; the third is the step. Returns (log, csv file, csv writer).
+    """
+    log_path, csv_path = os.path.join(out_dir, 'log.txt'), os.path.join(out_dir, 'train_loss.csv')
+    rows, lines = [], []
+    if step and os.path.exists(log_path):
+        with open(log_path, encoding='utf-8') as f:
+            lines = list(takewhile(lambda line: int((re.search(r' step=(\d+)', line) or '00')[1]) <= step, f))
+    if step and os.path.exists(csv_path):
+        with open(csv_path, newline='', encoding='utf-8') as f:
+            rows = [r for r in list(csv.reader(f))[1:] if len(r) == len(columns) and int(r[2]) <= step]
+    loss_file = open(csv_path, 'w', newline='', encoding='utf-8')
+    loss_csv = csv.writer(loss_file)
+    loss_csv.writerow(columns)
+    loss_csv.writerows(rows)
+    log = open(log_path, 'w', buffering=1, encoding='utf-8')
+    log.writelines(lines)
+    return log, loss_file, loss_csv
+
+
+def say(log, line):
+    """One line for log.txt and, above the progress bar, for the screen."""
+    from tqdm import tqdm
+    log.write(f'{time.strftime("%H:%M:%S")} {line}\n')
+    tqdm.write(line, file=sys.stdout)
+
+
+def progress_bar(label, total, done, env):
+    from tqdm import tqdm
+    return tqdm(total=total, initial=done, desc=label, unit='step', disable=not env.main, mininterval=1.0,
+                dynamic_ncols=True)
 
 
 # --- the table of runs ---
@@ -302,15 +408,52 @@ def markdown(rows, columns):
     return '\n'.join(lines)
 
 
+def running(folder):
+    """Rows of the unfinished runs below a folder: progress, hours left, and how long ago they last wrote."""
+    rows = []
+    for record in gather(folder):
+        if record.get('status') not in ('running', 'paused', 'failed'):
+            continue
+        path = os.path.join(folder, record['run_id'], 'run.json')
+        age = time.time() - os.path.getmtime(path) if os.path.exists(path) else 0.0
+        lost = record['status'] == 'running' and record.get('host') == platform.node() and not alive(record.get('pid'))
+        left = record.get('n_steps', 0) - record.get('step', 0)
+        speed = record.get('train_tokens_per_second') or 0
+        tokens = record.get('batch_size', 0) * record.get('seq_length', 0)
+        rows.append(dict(record, state='lost (killed)' if lost else record['status'], seconds_ago=round(age),
+                         percent=100 * record.get('step', 0) / max(1, record.get('n_steps', 0)),
+                         hours_left=left * tokens / speed / 3600 if speed else ''))
+    return rows
+
+
+def alive(pid):
+    """Say whether a process of this machine exists."""
+    try:
+        os.kill(int(pid or 0) or 1 << 30, 0)
+    except (ProcessLookupError, OverflowError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not ({'-h', '--help'} & set(argv) or argv and not argv[0].startswith('--')):
         argv = ['table', *argv]
-    verb, paths, _ = configure(globals(), argv, verbs=dict(table=0, status=1))
+    verb, paths, _ = configure(globals(), argv, verbs=dict(table=0, status=1, convert=2))
     if verb == 'status':
         status = read_status(paths[0]) or 'no run.json'
         print(status)
         return {'done': 0, 'paused': PAUSED}.get(status, 1)
+    if verb == 'convert':
+        save_checkpoint(paths[1], load_checkpoint(paths[0]))
+        return print(f'{paths[1]}: {os.path.getsize(paths[1]):,} bytes')
+    while watch:
+        rows = running(out)
+        print(time.strftime('%H:%M:%S'), markdown(rows, WATCHED) if rows else f'nothing is running below {out!r}',
+              sep='\n', flush=True)
+        time.sleep(watch_interval)
     records = gather(out)
     if not records:
         raise UserError(f'no run.json below {out!r}; train something first, or name the folder with --out=')

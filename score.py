@@ -48,9 +48,10 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
     was_training = model.training
     model.eval()
     bar = tqdm(total=n_rows, desc=progress, unit='row', disable=not (progress and env.main), leave=False, mininterval=1)
-    while batch := list(islice(rows, batch_size)):
-        x, y = data.gather([start for start, _ in batch], block_size)
-        for target, (_, skip) in zip(y, batch):
+    for _ in range(-(-n_rows // (batch_size * env.world))):     # as many on each rank: with FSDP2 all take part in each
+        batch = list(islice(rows, batch_size))
+        x, y = data.gather([start for start, _ in batch] or [0], block_size)
+        for target, (_, skip) in zip(y, batch or [(0, block_size)]):
             target[:skip] = -1
         x, y = env.put(x), env.put(y)
         with env.autocast():

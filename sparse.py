@@ -5,6 +5,7 @@ One keep rule everywhere: a weight stays if |θ| >= ε. Masks are {parameter nam
 import torch
 
 from model import ACTIVATIONS
+from parallel import load_optimizer, optimizer_state, part
 
 EPSILON_MAX, RESOLUTION, MAX_HALVINGS = 0.8, 1e-7, 50       # upstream's; 0.8/2^23 is the first below 1e-7
 CALIBRATION_BLOCKS = 100
@@ -15,9 +16,9 @@ def regularised(model, which):
     return {n: p for n, p in model.named_parameters() if which == 'all' or p.dim() >= 2}
 
 
-def count_nonzero(model):
-    """Count non-zero entries over all parameters, a tied one once."""
-    return sum(int(torch.count_nonzero(p)) for p in model.parameters())
+def count_nonzero(tensors):
+    """Count non-zero entries over tensors, such as model.parameters()."""
+    return sum(int(torch.count_nonzero(p)) for p in tensors)
 
 
 def sparsity_table(model):
@@ -164,29 +165,32 @@ PROCEDURES = {'vanilla': (no_edit, no_project), 'rl1': (rl1_edit, no_project), '
 def pmmp_state(params, alpha, initial_p, initial_u, make_optimizer, saved=None):
     """Start w at θ, γ at initial_p, u at initial_u, or restore them; call it at the start of the main phase.
 
-    params {name: parameter}, the same on all ranks. make_optimizer(tensors) gives the optimiser of w, γ and u; saved is
-    what pmmp_saved returned.
+    params {name: parameter or this rank's part of it}, the same on all ranks. make_optimizer(tensors) gives the
+    optimiser of w, γ and u; saved is what pmmp_saved returned.
     """
     state = dict(alpha=alpha, names=list(params), w=[p.detach().clone() for p in params.values()],
-                 gamma=[torch.full_like(p, initial_p) for p in params.values()],
+                 gamma=[torch.full_like(p, initial_p) for p in params.values()], theta=list(params.values()),
                  u=[torch.full_like(p, initial_u) for p in params.values()])
     for key in ('w', 'gamma', 'u'):
         for name, tensor in zip(state['names'], state[key], strict=True):
             if saved:
-                tensor.copy_(saved[key][name])
+                tensor.copy_(part(saved[key][name], params[name]))
             tensor.grad = torch.zeros_like(tensor)
     state['grads'] = [[t.grad for t in state[key]] for key in ('w', 'gamma', 'u')]
     state['optimizer'] = make_optimizer(state['w'] + state['gamma'] + state['u'])
     if saved:
-        state['optimizer'].load_state_dict(saved['optimizer'])
+        load_optimizer(state['optimizer'], saved['optimizer'], 3 * state['theta'])
     return state
 
 
-def pmmp_saved(state):
-    """What a checkpoint keeps of PMMP's state: w, γ and u by parameter name, and their optimiser."""
-    named = {key: {n: t.detach() for n, t in zip(state['names'], state[key], strict=True)}
+def pmmp_saved(state, view):
+    """What a checkpoint keeps of PMMP's state: w, γ and u by parameter name, and their optimiser.
+
+    view(tensor, like) makes of a rank's part what is to be saved: parallel.full or parallel.as_whole.
+    """
+    named = {key: {n: view(t.detach(), like) for n, t, like in zip(state['names'], state[key], state['theta'])}
              for key in ('w', 'gamma', 'u')}
-    return dict(named, optimizer=state['optimizer'].state_dict())
+    return dict(named, optimizer=optimizer_state(state['optimizer'], 3 * state['theta'], view))
 
 
 @torch.no_grad()
@@ -289,16 +293,17 @@ def entropy_bits(symbols):
 
 
 @torch.no_grad()
-def model_sizes(model, bits=8):
-    """Return bytes of the model three ways: raw (4 per weight), nnz4 (4 per non-zero, no indices), bits_est.
+def model_sizes(tensors, bits=8):
+    """Return bytes of a model three ways: raw (4 per weight), nnz4 (4 per non-zero, no indices), bits_est.
 
-    bits_est: every tensor quantised to `bits`, one 16-bit scale per row, coded at its order-0 entropy, zero a symbol.
+    tensors: its parameters, read once. bits_est: every tensor quantised to `bits`, one 16-bit scale per row, coded at
+    its order-0 entropy, zero a symbol.
     """
-    n = sum(p.numel() for p in model.parameters())
-    nonzero, estimate = count_nonzero(model), 0.0
-    for p in model.parameters():
+    n = nonzero = estimate = 0
+    for p in tensors:
         rows = p.detach().float().cpu().reshape(p.size(0) if p.dim() >= 2 else 1, -1)
         scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
         estimate += entropy_bits((rows / scale).round().int()) + 16 * rows.size(0)
+        n, nonzero = n + p.numel(), nonzero + int(torch.count_nonzero(p))
     return dict(raw_bytes=4 * n, nnz4_bytes=4 * nonzero, bits_est_bytes=round(estimate / 8), n_params=n,
                 nonzeros=nonzero)

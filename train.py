@@ -8,16 +8,14 @@ In: data/DATASET. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt, train_loss.csv, run.j
 Procedures edit gradients after backward and project after the step (Barth & von Petersenn 2025; METHODS in LOG.md).
 Clipping comes after the edit, Adam normalises both, as upstream: an alpha belongs to its optimiser and learning rate.
 """
-import csv
-import itertools
 import math
 import os
-import re
-import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, one_of, require, run
+from plan import LN2, batch_rules, optimizer_rules, plan_phases, print_plan, prunes_after, rate_at, shard_rules
 
 # -----------------------------------------------------------------------------
 # run
@@ -29,6 +27,9 @@ seed = 858
 device = 'auto'                 # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'                  # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True                  # torch.compile, on CUDA only
+shard = ''                      # '' = every rank holds the whole model (DDP), 'full' = each its part (FSDP2)
+cpu_offload = False             # with shard: weights and optimiser state rest in CPU memory
+activation_checkpointing = False    # keep only block inputs and compute the rest twice: slower, smaller
 check = False                   # print the resolved knobs and the plan, then exit
 tokens_per_second = 0.0         # with --check: also print hours
 # data
@@ -96,125 +97,42 @@ final_train_blocks = -1         # leading training blocks scored at the end: -1 
 checkpoint_time = 83000.0       # seconds between checkpoints; 0 = only at the end and on a signal
 max_runtime = 86000.0           # seconds after which the run saves itself and exits with 85; 0 = off
 keep_last = 1                   # checkpoints kept
+sharded_ckpt = False            # with shard: ckpt.sharded, a folder to which each rank writes its part
 wandb_log = False
 wandb_project = 'nanomdl'
 # -----------------------------------------------------------------------------
 
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros')
-LN2 = math.log(2)
 MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 
 
-# --- the plan: phases and steps, a pure function of the knobs and the number of batches ---
-
-def plan_phases(n_batches):
-    """Return the phases as dicts: name, procedure, epoch_steps, n_steps, first_step, first_epoch."""
-    phases, step, epoch = [], 0, 0
-    for name, length, stop in (('prelude', epochs_prelude, stop_epoch_at_batch_prelude),
-                               ('main', epochs, stop_epoch_at_batch),
-                               ('fine_tuning', epochs_fine_tuning, stop_epoch_at_batch_fine_tuning)):
-        epoch_steps = min(n_batches, stop or n_batches) * steps_per_chunk
-        n_steps = max(round(length * epoch_steps), int(length > 0))
-        if name == 'main' and max_iters > 0:
-            n_steps = max_iters
-        if n_steps:
-            phases.append(dict(name=name, procedure=procedure if name == 'main' else 'vanilla', epoch_steps=epoch_steps,
-                               n_steps=n_steps, first_step=step, first_epoch=epoch))
-            step, epoch = step + n_steps, epoch - (-n_steps // epoch_steps)
-    return phases
-
-
-def prunes_after(phase, step):
-    """Say whether a pruning follows the given number of completed steps of the main phase."""
-    if phase['name'] != 'main' or not do_pruning:
-        return False
-    if first_pruning_after == 0:
-        return step == phase['n_steps']
-    epoch, inside = divmod(step, phase['epoch_steps'])
-    return inside == 0 and epoch >= first_pruning_after and (epoch - first_pruning_after) % prune_every == 0
-
-
-def rate_at(step, n_steps, peak):
-    """Learning rate of a step: linear warm-up, then the schedule over what is left of the run."""
-    if step < warmup_iters:
-        return peak * (step + 1) / warmup_iters
-    progress = (step - warmup_iters) / max(1, n_steps - warmup_iters)
-    shape = {'constant': 1.0, 'linear': 1 - progress, 'cosine': (1 + math.cos(math.pi * progress)) / 2}[schedule]
-    return peak * (shape if schedule == 'constant' else min_learning_rate_ratio + (1 - min_learning_rate_ratio) * shape)
-
-
-def check_knobs(n_ranks):
-    micro = micro_batch_size or max(1, batch_size // n_ranks)
-    per_forward = micro * n_ranks
-    nearest = max(1, round(batch_size / per_forward)) * per_forward
-    from_zero = ('epochs_prelude', 'epochs', 'epochs_fine_tuning', 'max_iters', 'dropout', 'eval_blocks',
-                 'eval_interval', 'stop_epoch_at_batch', 'stop_epoch_at_batch_prelude',
-                 'stop_epoch_at_batch_fine_tuning', 'first_pruning_after', 'grad_clip',
-                 'tolerated_relative_loss_increase', 'weight_decay', 'warmup_iters', 'train_only_on_leading_tokens')
+def check_knobs(k, n_ranks):
+    from_zero = ('alpha', 'beta', 'initial_u_value', 'epochs_prelude', 'epochs', 'epochs_fine_tuning', 'max_iters',
+                 'dropout', 'eval_blocks', 'eval_interval', 'stop_epoch_at_batch', 'stop_epoch_at_batch_prelude',
+                 'stop_epoch_at_batch_fine_tuning', 'first_pruning_after', 'tolerated_relative_loss_increase',
+                 'train_only_on_leading_tokens', 'checkpoint_time', 'max_runtime')
     from_one = ('prune_every', 'steps_per_chunk', 'log_every', 'log_interval', 'keep_last')
     require(one_of('procedure', procedure, ('vanilla', 'rl1', 'drr', 'pmmp')),
             one_of('order', order, ('permuted', 'sequential', 'random')),
             one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
-            one_of('schedule', schedule, ('constant', 'cosine', 'linear')),
-            at_least('alpha', alpha, 0), at_least('beta', beta, 0), at_least('initial_u_value', initial_u_value, 0),
             (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
-            at_least('batch_size', batch_size, 1), at_least('micro_batch_size', micro_batch_size, 0),
-            (batch_size % per_forward == 0, f'batch_size = {batch_size} is not a multiple of {n_ranks} ranks x'
-             f' micro_batch_size {micro} = {per_forward}; the nearest that is: {nearest}'),
-            *(at_least(k, globals()[k], 0) for k in from_zero), *(at_least(k, globals()[k], 1) for k in from_one),
-            (0 <= beta1 < 1, f'beta1 = {beta1}, expected 0 <= beta1 < 1'),
-            (0 <= beta2 < 1, f'beta2 = {beta2}, expected 0 <= beta2 < 1'), at_least('adam_epsilon', adam_epsilon, 0),
-            (learning_rate > 0, f'learning_rate = {learning_rate}, expected > 0'),
+            *batch_rules(k, n_ranks), *optimizer_rules(k), *shard_rules(k, check or 'RANK' in os.environ),
+            *(at_least(name, getattr(k, name), 0) for name in from_zero),
+            *(at_least(name, getattr(k, name), 1) for name in from_one),
             (prune_by != 'gamma' or procedure == 'pmmp', "prune_by = 'gamma' needs procedure = 'pmmp'"),
             (not (online and dropout), 'online = True needs dropout = 0: the code length counts losses before updates'),
             (not online or init_from in ('scratch', 'resume'),
              f'online = True needs init_from = scratch, got {init_from!r}'))
 
 
-def print_plan(config, model_config, n_ranks):
-    """--check: resolved knobs, then parameters, FLOPs, steps, tokens and estimated memory by part."""
-    from bins import n_blocks, read_meta
-    from model import flops_per_token, n_parameters
-    for key, value in config.items():
-        print(f'{key} = {value!r}')
-    n, micro = n_parameters(model_config), micro_batch_size or batch_size // n_ranks
-    c, t, flops = model_config.n_embd, model_config.block_size, flops_per_token(model_config)
-    print(f'\nparameters            {n:,}\nFLOPs per token       {flops:,}\ntokens per step       {batch_size * t:,}')
-    try:
-        tokens = read_meta(data_dir, dataset)['splits']['train']['tokens']
-        tokens = min(tokens, train_only_on_leading_tokens or tokens)
-    except UserError:
-        tokens = 0
-    if tokens:
-        phases = plan_phases(n_blocks(n_blocks(tokens, t), batch_size))
-        seen = sum(p['n_steps'] for p in phases) * batch_size * t
-        for p in phases:
-            prunings = sum(prunes_after(p, step) for step in range(1, p['n_steps'] + 1))
-            print(f"{p['name']:<21} {p['n_steps']:,} steps of {p['procedure']}, {p['epoch_steps']:,} an epoch,"
-                  f' {prunings} prunings')
-        print(f'tokens                {seen:,} (at most)\ntraining FLOPs        {seen * flops:.3e}')
-        if tokens_per_second:
-            hours = seen / tokens_per_second / 3600
-            print(f'hours                 {hours:.2f} at {tokens_per_second:,.0f} tokens/s')
-        if procedure in ('pmmp', 'drr') and not alpha:
-            print(f'hint                  alpha = 0; 32·ln2/N = {32 * LN2 / tokens:.3g} makes the penalty the size of'
-                  ' 32-bit weights')
-    else:
-        print(f'steps, tokens         unknown: run prepare_… for data set {dataset!r}')
-    wide = 2 if dtype in ('bfloat16', 'float16') else 4
-    parts = dict(weights=4 * n, gradients=4 * n, optimizer=8 * n, procedure=48 * n if procedure == 'pmmp' else 0,
-                 activations=micro * t * (model_config.n_layer * 18 * c * wide + 3 * model_config.vocab_size * 4))
-    for name, size in dict(parts, total=sum(parts.values())).items():
-        print(f'memory {name:<14} {size / 2**20:,.1f} MiB per rank (estimated)')
-
-
 def main(argv=None):
     config = configure(globals(), argv)
     config.pop('check'), config.pop('overwrite')
-    n_ranks = int(os.environ.get('WORLD_SIZE', 1))
-    check_knobs(n_ranks)
+    n_ranks, k = int(os.environ.get('WORLD_SIZE', 1)), SimpleNamespace(**config)
+    check_knobs(k, n_ranks)
     import torch
 
+    import parallel
     import runs
     import score
     import sparse
@@ -222,10 +140,11 @@ def main(argv=None):
     from model import GPT, config_from_knobs, model_args, optimizer_groups
     if check:
         try:
-            vocab_size = read_meta(data_dir, dataset)['vocab_size']
+            meta = read_meta(data_dir, dataset)
         except UserError:
-            vocab_size = 256
-        return print_plan(config, config_from_knobs(config, vocab_size), n_ranks)
+            meta = dict(vocab_size=256, splits=dict(train=dict(tokens=0)))
+        return print_plan(config, k, config_from_knobs(config, meta['vocab_size']), n_ranks,
+                          meta['splits']['train']['tokens'])
 
     # data, model and what they start from
     env = runs.Env(device, dtype)
@@ -245,7 +164,7 @@ def main(argv=None):
     data_facts = dict(dataset=dataset, sha256=train_data.sha256, start_id=train_data.start_id,
                       tokenizer=train_data.tokenizer)
     resume = init_from == 'resume'
-    path = os.path.join(out_dir, 'ckpt.pt')
+    path = runs.newest_checkpoint(out_dir)
     if resume and not os.path.exists(path):
         resume = False
         if env.main:
@@ -265,33 +184,30 @@ def main(argv=None):
                   for k in ('sha256', 'start_id')),
                 *((old[k] == config[k], f'cannot resume: {k} = {config[k]!r}, the checkpoint has {old[k]!r}')
                   for k in fixed))
-    params = sparse.regularised(raw_model, regularise)
-    theta, all_params = list(params.values()), list(raw_model.parameters())
-    masks = {n: m.to(env.device) for n, m in start.get('masks', {}).items()}
-    named_params = dict(raw_model.named_parameters())
+    raw_model.recompute = activation_checkpointing
+    model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
+    named_params = {n: parallel.local(p) for n, p in raw_model.named_parameters()}      # of this rank, from here on
+    params = {n: named_params[n] for n in sparse.regularised(raw_model, regularise)}
+    theta, all_params = list(params.values()), list(named_params.values())
+    masks = {n: parallel.part(m, named_params[n]) for n, m in start.get('masks', {}).items()}
     masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
     adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
-    optimizer = adamw(optimizer_groups(raw_model, weight_decay), lr=learning_rate)
+    optimizer = adamw(optimizer_groups(all_params, weight_decay), lr=learning_rate)
     if resume:
-        optimizer.load_state_dict(start['optimizer'])
+        parallel.load_optimizer(optimizer, start['optimizer'], parallel.parameters_of(optimizer))
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
     if resume and start['scaler']:
         scaler.load_state_dict(start['scaler'])
-    model_step = torch.compile(raw_model) if compile and env.kind == 'cuda' else raw_model
-    if env.distributed and env.world > 1:
-        from torch.nn.parallel import DistributedDataParallel
-        model_step = DistributedDataParallel(model_step, device_ids=[env.local_rank] if env.kind == 'cuda' else None,
-                                             broadcast_buffers=False)        # position tables never change
 
     # the plan and the counters that a checkpoint keeps
     n_batches = n_blocks(n_blocks(train_data.n_tokens, T), batch_size)
-    phases = plan_phases(n_batches)
+    phases = plan_phases(n_batches, k)
     n_steps = sum(p['n_steps'] for p in phases)
     require((n_steps > 0, 'nothing to train: epochs_prelude, epochs, epochs_fine_tuning and max_iters are all 0'))
     counters = dict(step=0, tokens=0, online_nats=0.0, online_tokens=0, epsilon=0.0, tolerance_spent=0.0, n_prunings=0,
                     nonzeros=0, best_val=math.inf, final_val_loss=math.nan, final_train_loss=math.nan,
                     train_seconds=0.0)
-    counters.update({k: start[k] for k in counters if resume})
+    counters.update({name: start[name] for name in counters if resume})
     if env.main:                                                        # last: nothing above may cost an older run
         runs.open_run_folder(out_dir, overwrite, init_from == 'resume', '' if resume else parent)
     env.barrier()
@@ -299,15 +215,15 @@ def main(argv=None):
     rows_per_rank = batch_size // env.world
     bytes_per_token = train_data.text_bytes / train_data.n_tokens
     eval_rows = score.rows_per_forward(T)
-    record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in all_params),
+    record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in raw_model.parameters()),
                             n_steps=n_steps, data=data_facts,
                             parent=runs.parent_of(parent) if parent and env.main else {})
     signals, started, last_saved, skipped = runs.StopSignals(), time.time(), time.time(), 0
     state, peaks = {}, (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
-        log, loss_file, loss_csv = open_logs(counters['step'])
+        log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
         if alpha and procedure in ('drr', 'pmmp') or procedure == 'pmmp':
-            say(log, f'alpha = {alpha:g}; the penalty equals a code of 32-bit weights at 32·ln2/N ='
+            runs.say(log, f'alpha = {alpha:g}; the penalty equals a code of 32-bit weights at 32·ln2/N ='
                      f' {32 * LN2 / train_data.n_tokens:.3g}')
     if wandb_log and env.main:
         import wandb
@@ -315,7 +231,7 @@ def main(argv=None):
 
     def note(line, **numbers):
         if env.main:
-            say(log, line)
+            runs.say(log, line)
             if wandb_log and numbers:
                 wandb.log(numbers, step=counters['step'])
 
@@ -332,16 +248,26 @@ def main(argv=None):
             save(phase, 'best.pt', weights_only=True)
         return loss
 
-    def save(phase, name='ckpt.pt', weights_only=False):
+    def count_nonzero():
+        own = torch.tensor(float(sparse.count_nonzero(all_params)), dtype=torch.float64)
+        return int(env.sum(own) if shard else own)
+
+    def save(phase, name='', weights_only=False):
         counters['train_seconds'] += 0 if weights_only else clock()
-        checkpoint = dict(model=raw_model.state_dict(), model_args=model_args(raw_model), masks=masks, config=config,
+        name = name or ('ckpt.sharded' if sharded_ckpt else 'ckpt.pt')
+        view = parallel.as_whole if name == 'ckpt.sharded' else parallel.full
+        weights = {n: p if name == 'ckpt.sharded' else parallel.full(p) for n, p in raw_model.state_dict().items()}
+        checkpoint = dict(model=weights, model_args=model_args(raw_model),
+                          masks={n: view(m, named_params[n]) for n, m in masks.items()}, config=config,
                           data=data_facts, parent=record.values['parent'], phase=phase['name'], **counters)
         if not weights_only:
-            checkpoint.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                              procedure=sparse.pmmp_saved(state) if 'w' in state else {})
+            checkpoint.update(optimizer=parallel.optimizer_state(optimizer, parallel.parameters_of(optimizer), view),
+                              scaler=scaler.state_dict(),
+                              procedure=sparse.pmmp_saved(state, view) if 'w' in state else {})
         if env.main:
             loss_file.flush()
-            runs.save_checkpoint(os.path.join(out_dir, name), checkpoint, keep_last if name == 'ckpt.pt' else 1)
+        if env.main or name == 'ckpt.sharded':
+            runs.save_checkpoint(os.path.join(out_dir, name), checkpoint, 1 if weights_only else keep_last)
         env.barrier()
 
     lap = [time.time()]
@@ -376,7 +302,7 @@ def main(argv=None):
         counters['tolerance_spent'] += after / before - 1
         counters['n_prunings'] += 1
         counters['best_val'] = math.inf
-        nonzero = counters['nonzeros'] = sparse.count_nonzero(raw_model)
+        nonzero = counters['nonzeros'] = count_nonzero()
         epsilon, sparsity = counters['epsilon'], 1 - nonzero / record.values['n_params']
         note(f"prune by={prune_by} phase={phase['name']} step={counters['step']} epsilon={epsilon:.7f}"
              f' loss_before={before:.5f} loss_after={after:.5f} nonzeros={nonzero} sparsity={sparsity:.4f}'
@@ -395,14 +321,14 @@ def main(argv=None):
                                       partial(adamw, lr=peaks[1], weight_decay=0.0),
                                       start['procedure'] if resume and done else None)
         if done == 0:
-            counters.update(best_val=math.inf, nonzeros=sparse.count_nonzero(raw_model))
+            counters.update(best_val=math.inf, nonzeros=count_nonzero())
         optimizers = [optimizer] + ([state['optimizer']] if 'optimizer' in state else [])
-        bar = bar_of(phase, done, env)
+        bar = runs.progress_bar(f"{phase['name']} ({phase['procedure']})", phase['n_steps'], done, env)
         window = [time.time(), 0, 0.0]                                  # for log.txt: start, tokens, nats
         while done < phase['n_steps']:
             for group_owner, peak in zip(optimizers, peaks):
                 for group in group_owner.param_groups:
-                    group['lr'] = rate_at(counters['step'], n_steps, peak)
+                    group['lr'] = rate_at(counters['step'], n_steps, peak, k)
             lr = optimizer.param_groups[0]['lr']
             epochs_done, inside = divmod(done, phase['epoch_steps'])
             epoch, batch = phase['first_epoch'] + epochs_done, inside // steps_per_chunk
@@ -418,24 +344,26 @@ def main(argv=None):
                 x, y = train_data.gather(mine[i:i + micro], T)
                 if dropout:
                     torch.manual_seed(key_of(seed, counters['step'], i, env.rank) >> 1)
-                if env.world > 1:
-                    model_step.require_backward_grad_sync = i + micro >= rows_per_rank
+                set_sync(i + micro >= rows_per_rank)
                 with env.autocast():
                     loss = model_step(env.put(x), env.put(y))           # nats, summed over the rows
-                scaler.scale(loss * (env.world / n_scored)).backward()  # DDP averages over ranks: hence world
+                scaler.scale(loss * (env.world / n_scored)).backward()  # ranks are averaged: hence world
                 sums[0] += loss.detach()
+            parallel.take_gradients(all_params)
             scaler.unscale_(optimizer)
+            if shard and scaler.is_enabled():                           # an inf of one rank's part is everybody's
+                for flag in scaler._found_inf_per_device(optimizer).values():
+                    env.sum(flag)
             total_nats, stop, save_due = env.sum(sums).tolist()
             loss_nats = total_nats / n_scored
-            grads = [p.grad for p in all_params]
-            grad_norm = penalised_norm = torch.nn.utils.get_total_norm(grads)
+            grad_norm = penalised_norm = parallel.norm_of(all_params, env)
             if edit is not sparse.no_edit:
                 if decoupled:
                     pulls = [torch.zeros_like(p) for p in theta]
                     edit(theta, pulls, state)
                 else:
                     edit(theta, [p.grad for p in theta], state)
-                    penalised_norm = torch.nn.utils.get_total_norm(grads)
+                    penalised_norm = parallel.norm_of(all_params, env)
             if masks:
                 torch._foreach_mul_([named_params[n].grad for n in masks], mask_list)
             norm, penalised = float(grad_norm), float(penalised_norm)
@@ -486,7 +414,7 @@ def main(argv=None):
                 record.update(step=step, train_loss=mean, phase=phase['name'], train_tokens_per_second=round(speed))
                 window = [time.time(), 0, 0.0]
             paused_at = time.time()
-            if prunes_after(phase, done):
+            if prunes_after(phase, done, k):
                 prune(phase)
             if done == phase['n_steps'] or eval_interval and step % eval_interval == 0:
                 counters['final_val_loss'] = validate(phase)
@@ -505,7 +433,7 @@ def main(argv=None):
 
     # the end: the checkpoint, then every number from sums over whole splits
     save(phases[-1])
-    sizes = sparse.model_sizes(raw_model)
+    sizes = sparse.model_sizes(parallel.full(p, p) for p in all_params)
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   epsilon=counters['epsilon'], model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],
                   sparsity=1 - sizes['nonzeros'] / sizes['n_params'], bits_est_bytes=sizes['bits_est_bytes'],
@@ -531,38 +459,6 @@ def main(argv=None):
     env.barrier()
     env.close()
     return 0
-
-
-def bar_of(phase, done, env):
-    from tqdm import tqdm
-    return tqdm(total=phase['n_steps'], initial=done, desc=f"{phase['name']} ({phase['procedure']})", unit='step',
-                disable=not env.main, mininterval=1.0, dynamic_ncols=True)
-
-
-def open_logs(step):
-    """Open log.txt and train_loss.csv, cut back to the given step, so that a resumed run has no gap and no repeat."""
-    log_path, csv_path = os.path.join(out_dir, 'log.txt'), os.path.join(out_dir, 'train_loss.csv')
-    rows, lines = [], []
-    if step and os.path.exists(log_path):
-        with open(log_path, encoding='utf-8') as f:
-            lines = list(itertools.takewhile(lambda line: int((re.search(r' step=(\d+)', line) or '00')[1]) <= step, f))
-    if step and os.path.exists(csv_path):
-        with open(csv_path, newline='', encoding='utf-8') as f:
-            rows = [r for r in list(csv.reader(f))[1:] if len(r) == len(CSV_COLUMNS) and int(r[2]) <= step]
-    loss_file = open(csv_path, 'w', newline='', encoding='utf-8')
-    loss_csv = csv.writer(loss_file)
-    loss_csv.writerow(CSV_COLUMNS)
-    loss_csv.writerows(rows)
-    log = open(log_path, 'w', buffering=1, encoding='utf-8')
-    log.writelines(lines)
-    return log, loss_file, loss_csv
-
-
-def say(log, line):
-    """One line for log.txt and, above the progress bar, for the screen."""
-    from tqdm import tqdm
-    log.write(f'{time.strftime("%H:%M:%S")} {line}\n')
-    tqdm.write(line, file=sys.stdout)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
-"""What the ranks of a torchrun launch do for test_train.py: several trainings in one process group, θ saved per rank.
+"""What the ranks of a torchrun launch do for tests: several trainings in one process group, θ saved per rank.
 
     torchrun --standalone --nproc_per_node=2 tests/ddp_worker.py JOBS.json     [[name, stop rank, step, flags], ...]
 
-Ranks draw their initial weights from different seeds on purpose: what is copied before DDP's broadcast would differ.
+With DDP ranks draw their initial weights from different seeds: what is copied before its broadcast would differ. FSDP2
+has no broadcast, each rank keeps its rows of the one seeded start.
 """
 import json
 import os
@@ -19,16 +20,16 @@ import train
 torch.set_num_threads(1)
 rank = int(os.environ['RANK'])
 real_seed, real_sizes, real_state, real_rate = torch.manual_seed, sparse.model_sizes, sparse.pmmp_state, train.rate_at
-torch.manual_seed = lambda seed: real_seed(seed + 1000 * rank)
 runs.Env.close = lambda self: None                      # one process group for all trainings
 with open(sys.argv[1]) as f:
     jobs = json.load(f)
 for name, stop_rank, stop_step, flags in jobs:
     folder = next(f.split('=')[1] for f in flags if f.startswith('--out_dir='))
 
-    def sizes(model, name=name, folder=folder):
-        torch.save(model.state_dict(), os.path.join(folder, f'{name}-theta-{rank}.pt'))
-        return real_sizes(model)
+    def sizes(tensors, name=name, folder=folder):
+        tensors = list(tensors)
+        torch.save([t.detach() for t in tensors], os.path.join(folder, f'{name}-theta-{rank}.pt'))
+        return real_sizes(tensors)
 
     def state(params, *more, name=name, folder=folder):
         made = real_state(params, *more)
@@ -41,6 +42,8 @@ for name, stop_rank, stop_step, flags in jobs:
             os.kill(os.getpid(), signal.SIGUSR1)
         return real_rate(step, *more)
 
+    spread = 0 if '--shard=full' in flags else 1000
+    torch.manual_seed = lambda seed, spread=spread: real_seed(seed + spread * rank)
     sparse.model_sizes, sparse.pmmp_state, train.rate_at = sizes, state, rate
     status = train.main(flags)
     with open(os.path.join(folder, f'{name}-status-{rank}'), 'w') as f:

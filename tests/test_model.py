@@ -159,13 +159,13 @@ def test_tied_head_is_one_parameter_and_survives_saving():
     again.load_state_dict(net.state_dict())
     assert again.head.weight is again.embed.weight
     assert n_parameters(net.config) == sum(p.numel() for p in net.parameters())
-    groups = optimizer_groups(net, 0.1)
+    groups = optimizer_groups(list(net.parameters()), 0.1)
     assert sum(len(g['params']) for g in groups) == len(list(net.parameters()))
 
 
 def test_only_matrices_and_embeddings_decay():
     """Weight decay on biases and norm gains pulls gains to zero."""
-    decay, rest = optimizer_groups(tiny(), 0.1)
+    decay, rest = optimizer_groups(list(tiny().parameters()), 0.1)
     assert decay['weight_decay'] == 0.1 and rest['weight_decay'] == 0.0
     assert all(p.dim() >= 2 for p in decay['params']) and all(p.dim() < 2 for p in rest['params'])
 

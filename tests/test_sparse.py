@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import parallel
 import sparse
 from model import GPT, ModelConfig
 from sparse import PROCEDURES, masks_by_magnitude, masks_by_threshold, merge_masks, pmmp_state, sweep_dead_units, tamade
@@ -135,7 +136,7 @@ def test_pmmp_state_starts_at_theta_and_comes_back_from_a_checkpoint():
             s['optimizer'].step()
             sparse.pmmp_project(s)
     steps(state, 3)
-    saved = copy.deepcopy(sparse.pmmp_saved(state))
+    saved = copy.deepcopy(sparse.pmmp_saved(state, parallel.full))
     again = pmmp_state(params, 0.3, 0.9, 0.2, make, saved)
     steps(state, 3), steps(again, 3)
     for key in ('w', 'gamma', 'u'):
@@ -268,7 +269,7 @@ def net_with_dead_units(**options):
 def test_sweeping_dead_units_leaves_outputs_equal(options):
     """Random gradient pruning must not change the function; a constant unit is folded into the next bias first."""
     net, x = net_with_dead_units(**options), torch.randint(0, 20, (3, 12))
-    before, n_before = net(x), sparse.count_nonzero(net)
+    before, n_before = net(x), sparse.count_nonzero(net.parameters())
     masks = {n: p != 0 for n, p in net.named_parameters() if p.dim() >= 2}
     zeroed = sweep_dead_units(net, masks)
     assert zeroed > 0 and (net(x) - before).abs().max() < 1e-6
@@ -279,7 +280,7 @@ def test_sweeping_dead_units_leaves_outputs_equal(options):
     if ff.up.bias is not None:
         assert not ff.up.bias[[1, 2, 3, 5, 6]].any() and not att.qkv.bias[[16 + 3, 16 + 6]].any()
     else:
-        assert n_before - sparse.count_nonzero(net) == zeroed   # nothing was folded, so all of it is gone
+        assert n_before - sparse.count_nonzero(net.parameters()) == zeroed   # nothing was folded, so all of it is gone
     params = dict(net.named_parameters())
     assert all(not params[n][~m].any() for n, m in masks.items())
     assert all(torch.equal(m, params[n] != 0) for n, m in masks.items())
@@ -326,7 +327,7 @@ def test_model_sizes_are_three_named_numbers():
     net = GPT(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=8))
     with torch.no_grad():
         net.embed.weight.zero_()
-    sizes = sparse.model_sizes(net)
+    sizes = sparse.model_sizes(net.parameters())
     n = sum(p.numel() for p in net.parameters())
     nonzero = sum(int((p != 0).sum()) for p in net.parameters())
     assert sizes['raw_bytes'] == 4 * n and sizes['nnz4_bytes'] == 4 * nonzero and sizes['nonzeros'] == nonzero

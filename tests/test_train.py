@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY, OneProcess, make_text, run_script, snapshot, torchrun, write_dataset
 
 import bins
+import plan
 import runs
 import sparse
 import train
@@ -54,52 +55,57 @@ def knobs(*flags):
     return configure(vars(train), [*TINY, *flags])
 
 
+def K():
+    """Train's knobs as the functions of plan.py take them."""
+    return types.SimpleNamespace(**vars(train))
+
+
 # --- the plan ---
 
 def test_warm_up_then_schedule_over_the_rest():
     """METHODS §7 fault 7: schedule length ignoring warm-up, so that a cosine ends early or late."""
     knobs('--warmup_iters=10', '--schedule=cosine', '--min_learning_rate_ratio=0.1')
-    rates = [train.rate_at(s, 110, 2.0) for s in range(110)]
+    rates = [plan.rate_at(s, 110, 2.0, K()) for s in range(110)]
     assert [round(r, 9) for r in rates[:10]] == [round(2.0 * (i + 1) / 10, 9) for i in range(10)]
     for s in range(10, 110):
         assert abs(rates[s] - 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (s - 10) / 100)) / 2)) < 1e-12
     assert rates[10] == 2.0 and rates[109] < 0.2 * 1.01 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
     knobs('--warmup_iters=4', '--schedule=linear', '--min_learning_rate_ratio=0')
-    assert [train.rate_at(s, 8, 1.0) for s in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [plan.rate_at(s, 8, 1.0, K()) for s in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
     knobs('--warmup_iters=0', '--schedule=constant')
-    assert {train.rate_at(s, 50, 3e-4) for s in range(50)} == {3e-4}
+    assert {plan.rate_at(s, 50, 3e-4, K()) for s in range(50)} == {3e-4}
     knobs('--warmup_iters=10', '--schedule=cosine')
-    assert train.rate_at(3, 5, 1.0) == 0.4                      # a run shorter than its warm-up
+    assert plan.rate_at(3, 5, 1.0, K()) == 0.4                      # a run shorter than its warm-up
 
 
 def test_phases_have_exact_lengths():
     """METHODS §7 fault 7: off-by-one in batch limits."""
     knobs('--epochs_prelude=1.5', '--epochs=2', '--epochs_fine_tuning=1', '--stop_epoch_at_batch_fine_tuning=3')
-    plan = train.plan_phases(10)
-    assert [(p['name'], p['n_steps'], p['epoch_steps'], p['first_step'], p['first_epoch']) for p in plan] == [
+    phases = plan.plan_phases(10, K())
+    assert [(p['name'], p['n_steps'], p['epoch_steps'], p['first_step'], p['first_epoch']) for p in phases] == [
         ('prelude', 15, 10, 0, 0), ('main', 20, 10, 15, 2), ('fine_tuning', 3, 3, 35, 4)]
-    assert [p['procedure'] for p in plan] == ['vanilla', 'vanilla', 'vanilla']
+    assert [p['procedure'] for p in phases] == ['vanilla', 'vanilla', 'vanilla']
     knobs('--epochs=2', '--stop_epoch_at_batch=50', '--steps_per_chunk=3', '--procedure=rl1',
           '--epochs_fine_tuning=0.001')
-    assert [(p['n_steps'], p['procedure']) for p in train.plan_phases(10)] == [(60, 'rl1'), (1, 'vanilla')]
+    assert [(p['n_steps'], p['procedure']) for p in plan.plan_phases(10, K())] == [(60, 'rl1'), (1, 'vanilla')]
     knobs('--max_iters=7', '--epochs=0', '--stop_epoch_at_batch=4')
-    assert [(p['n_steps'], p['epoch_steps']) for p in train.plan_phases(10)] == [(7, 4)]
+    assert [(p['n_steps'], p['epoch_steps']) for p in plan.plan_phases(10, K())] == [(7, 4)]
     knobs('--epochs=0')
-    assert train.plan_phases(10) == []
+    assert plan.plan_phases(10, K()) == []
 
 
 def test_pruning_schedule():
     """Prune after epoch e (from 1) where e >= first and (e - first) mod every = 0, and only in the main phase."""
     knobs('--do_pruning', '--first_pruning_after=3', '--prune_every=2', '--epochs=9', '--epochs_prelude=4',
           '--epochs_fine_tuning=5')
-    prelude, main, fine = train.plan_phases(10)
-    assert [s for s in range(1, 91) if train.prunes_after(main, s)] == [30, 50, 70, 90]
-    assert not any(train.prunes_after(p, s) for p in (prelude, fine) for s in range(1, 60))
+    prelude, main, fine = plan.plan_phases(10, K())
+    assert [s for s in range(1, 91) if plan.prunes_after(main, s, K())] == [30, 50, 70, 90]
+    assert not any(plan.prunes_after(p, s, K()) for p in (prelude, fine) for s in range(1, 60))
     knobs('--do_pruning', '--first_pruning_after=0', '--epochs=1.5')
-    (main,) = train.plan_phases(10)
-    assert [s for s in range(1, 16) if train.prunes_after(main, s)] == [15]
+    (main,) = plan.plan_phases(10, K())
+    assert [s for s in range(1, 16) if plan.prunes_after(main, s, K())] == [15]
     knobs('--first_pruning_after=1')
-    assert not train.prunes_after(main, 10)                     # do_pruning is off
+    assert not plan.prunes_after(main, 10, K())                     # do_pruning is off
 
 
 def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
@@ -110,7 +116,7 @@ def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
     assert [int(r['step']) for r in rows] == list(range(1, 23))
     assert [int(r['epoch']) for r in rows] == [0] * 6 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
     assert [int(r['tokens']) for r in rows] == [256 * s for s in range(1, 23)]
-    assert all(abs(float(r['lr']) / train.rate_at(i, 22, 3e-3) - 1) < 1e-3 for i, r in enumerate(rows))
+    assert all(abs(float(r['lr']) / plan.rate_at(i, 22, 3e-3, K()) - 1) < 1e-3 for i, r in enumerate(rows))
     nonzeros = [int(r['nonzeros']) for r in rows]               # counted where a phase starts and after a pruning
     spans = [set(nonzeros[i:j]) for i, j in ((0, 6), (6, 10), (10, 18), (18, 22))]
     assert all(len(span) == 1 for span in spans) and nonzeros[6] > nonzeros[10] > nonzeros[18]
@@ -660,7 +666,7 @@ def test_batch_that_ranks_cannot_share_shows_the_numbers(batch, ranks, micro):
     """The effective batch is one number; what does not divide it must be said with the nearest that does."""
     knobs(f'--batch_size={batch}', f'--micro_batch_size={micro}')
     with pytest.raises(UserError, match=f'batch_size = {batch} is not a multiple of {ranks} ranks'):
-        train.check_knobs(ranks)
+        train.check_knobs(K(), ranks)
 
 
 # --- as a user calls it ---
@@ -758,9 +764,11 @@ def test_two_ranks_give_the_losses_of_one_process(name, two_ranks):
 
 def test_replicas_are_identical_after_200_pmmp_steps(two_ranks):
     """METHODS §7 fault 1: PMMP replicas drift apart; fault 7: per-rank thresholds in TAMADE give per-rank masks."""
-    zero, one = (torch.load(two_ranks / 'two' / 'long' / f'long-theta-{r}.pt') for r in (0, 1))
+    saved = weights_of(two_ranks / 'two' / 'long')
+    zero, one = (dict(zip(saved, torch.load(two_ranks / 'two' / 'long' / f'long-theta-{r}.pt'), strict=True))
+                 for r in (0, 1))
     assert len(losses_of(two_ranks / 'two' / 'long')) == 204 and same(zero, one)
-    assert same(zero, weights_of(two_ranks / 'two' / 'long'))
+    assert same(zero, saved)
     assert runs.read_run(two_ranks / 'two' / 'long')['n_prunings'] >= 2
     assert (zero['blocks.0.feed_forward.up.weight'] == 0).any()
 

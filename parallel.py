@@ -1,0 +1,151 @@
+"""Many processes: DDP or FSDP2 around a model, the part of a tensor that a rank holds, and the whole of it again.
+
+Scripts work on local tensors: without sharding a local tensor is the parameter itself, with FSDP2 (Zhao et al. 2023;
+fully_shard, what ZeRO-3 is called in plain PyTorch) it is this rank's rows of it. So procedures, masks and optimisers
+are written once. `whole` is the DTensor that a local tensor is a part of.
+"""
+import os
+import warnings
+
+import torch
+
+
+def parallelise(model, env, compile=False, shard='', cpu_offload=False):
+    """Wrap a model for training on env's ranks; returns (what to call in a step, set_sync).
+
+    shard 'full': FSDP2 per block and around the rest; a bfloat16 run gathers weights as bfloat16 and reduces gradients
+    in float32. set_sync(False) before a backward keeps its gradients on the rank, for accumulation.
+    """
+    if shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        narrow = torch.bfloat16 if env.dtype == 'bfloat16' else None
+        options = dict(mesh=init_device_mesh(env.kind, (env.world,)),
+                       mp_policy=MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32),
+                       offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+        for block in model.blocks:
+            fully_shard(block, **options)
+        fully_shard(model, reshard_after_forward=True, **options)  # a root left gathered would miss TAMADE's trials
+    step_model = torch.compile(model) if compile and env.kind == 'cuda' else model
+    if shard:
+        return step_model, model.set_requires_gradient_sync
+    if not (env.distributed and env.world > 1):
+        return step_model, lambda on: None
+    from torch.nn.parallel import DistributedDataParallel
+    step_model = DistributedDataParallel(step_model, device_ids=[env.local_rank] if env.kind == 'cuda' else None,
+                                         broadcast_buffers=False)           # position tables never change
+    return step_model, lambda on: setattr(step_model, 'require_backward_grad_sync', on)
+
+
+def local(parameter):
+    """Return what this rank holds of a parameter: itself, or its rows, sharing memory, with `whole` = the parameter."""
+    if not hasattr(parameter, 'to_local'):                  # a DTensor; its module is slow to import
+        return parameter
+    part = parameter.detach().to_local()
+    part.whole = parameter
+    return part
+
+
+def take_gradients(tensors):
+    """Move the gradients of sharded parameters to their local tensors; nothing to do for the others."""
+    for t in tensors:
+        if hasattr(t, 'whole'):
+            t.grad, t.whole.grad = t.whole.grad.to_local(), None
+
+
+def as_whole(tensor, like):
+    """Return the DTensor of a local tensor that lies like `like`; a tensor of an unsharded model as it is."""
+    whole = getattr(like, 'whole', None)
+    if whole is None or not tensor.dim():
+        return tensor
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(tensor.to(whole.device), whole.device_mesh, whole.placements, shape=whole.shape,
+                              stride=whole.stride())
+
+
+def full(tensor, like=None):
+    """Return the full tensor, gathered from all ranks (all must call) where it is sharded."""
+    tensor = as_whole(tensor, like)
+    if not hasattr(tensor, 'full_tensor'):
+        return tensor
+    if tensor.dtype == torch.bool:                          # gloo gathers no bool
+        return full(tensor.to(torch.uint8)).bool()
+    return tensor.full_tensor()
+
+
+def part(tensor, like):
+    """Return this rank's part of a full tensor, on the device of `like`."""
+    whole = getattr(like, 'whole', None)
+    if whole is None or not tensor.dim():
+        return tensor.to(like.device) if tensor.dim() else tensor
+    from torch.distributed.tensor import distribute_tensor
+    mesh = whole.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, whole.placements, src_data_rank=None).to_local().to(
+        like.device).clone()
+
+
+def optimizer_state(optimizer, likes, view):
+    """Return an optimiser's state_dict with view(tensor, like) of its tensors; likes: a local tensor per parameter."""
+    saved = optimizer.state_dict()
+    return dict(saved, state={i: {key: view(t, likes[i]) for key, t in s.items()} for i, s in saved['state'].items()})
+
+
+def load_optimizer(optimizer, saved, likes):
+    """Load a state_dict of full tensors."""
+    optimizer.load_state_dict(dict(saved, state={i: {key: part(t, likes[i]) for key, t in s.items()}
+                                                 for i, s in saved['state'].items()}))
+
+
+def parameters_of(optimizer):
+    """The parameters of an optimiser in the order of its state_dict."""
+    return [t for group in optimizer.param_groups for t in group['params']]
+
+
+def norm_of(tensors, env):
+    """Euclidean norm over all gradients, and over the ranks where they are sharded."""
+    norm = torch.nn.utils.get_total_norm([t.grad for t in tensors])
+    return env.sum(norm.square()).sqrt() if hasattr(tensors[0], 'whole') else norm
+
+
+# --- sharded checkpoints: each rank writes its part ---
+
+def _pull_out(tree, key, tensors):
+    """Copy a nested dict or list, with tensors replaced by ('tensor', key) and collected in tensors."""
+    if isinstance(tree, torch.Tensor):
+        tensors[key] = tree
+        return 'tensor', key
+    if isinstance(tree, dict):
+        return {k: _pull_out(v, f'{key}/{k}', tensors) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_pull_out(v, f'{key}/{i}', tensors) for i, v in enumerate(tree)]
+    return tree
+
+
+def _put_back(tree, tensors):
+    if isinstance(tree, tuple) and len(tree) == 2 and tree[0] == 'tensor':
+        return tensors[tree[1]]
+    if isinstance(tree, dict):
+        return {k: _put_back(v, tensors) for k, v in tree.items()}
+    return [_put_back(v, tensors) for v in tree] if isinstance(tree, list) else tree
+
+
+def save_sharded(folder, checkpoint):
+    """Write a checkpoint whose tensors may be DTensors as a folder; all ranks call it, rank 0 writes the rest."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    tensors = {}
+    rest = _pull_out(checkpoint, '', tensors)
+    dcp.save(tensors, checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        torch.save(rest, os.path.join(folder, 'rest.pt'))
+
+
+def load_sharded(folder):
+    """Read a folder of save_sharded as one dict of full tensors, in any number of processes."""
+    import torch.distributed.checkpoint as dcp
+    rest = torch.load(os.path.join(folder, 'rest.pt'), weights_only=True)
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in metadata.items()}
+    with warnings.catch_warnings(action='ignore'):          # that it loads in a single process: as asked
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return _put_back(rest, tensors)
