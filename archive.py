@@ -152,8 +152,8 @@ class Bar:
 def byte_strings(name):
     """Return (byte string of every id, encode: str -> ids) of a tokenizer: 'gpt2', or a tokenizers JSON file."""
     if name == 'gpt2':
-        import tiktoken
-        t = tiktoken.get_encoding('gpt2')
+        import gpt2
+        t = gpt2.encoding()
         strings = [t.decode_single_token_bytes(i) for i in range(t.n_vocab)]
         return strings, lambda text: t.encode(text, disallowed_special=())
     try:

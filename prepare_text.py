@@ -181,12 +181,8 @@ def load_tokenizer():
 
 
 def gpt2_tokenizer():
-    import tiktoken
-    try:
-        enc = tiktoken.get_encoding('gpt2')
-    except (OSError, ValueError) as e:
-        raise UserError(f"GPT-2's vocabulary is not here and could not be fetched ({type(e).__name__}); run once with"
-                        ' network, or set TIKTOKEN_CACHE_DIR to such a folder of a machine that has it') from None
+    import gpt2
+    enc = gpt2.encoding()
     pool = ThreadPoolExecutor(n_threads())
     pieces = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)]
     digest = hashlib.sha256(b''.join(len(p).to_bytes(2, 'little') + p for p in pieces)).hexdigest()

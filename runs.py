@@ -196,9 +196,16 @@ def newest_checkpoint(folder):
 
 
 def load_checkpoint(path, device='cpu'):
-    """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError."""
+    """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError.
+
+    Hugging Face folders, and hub ids, which is what names nothing here, come as gpt2.load makes them.
+    """
     import torch
+
+    import gpt2
     path = os.fspath(path)
+    if gpt2.is_named_by(path):
+        return gpt2.load(path)
     sharded = os.path.exists(os.path.join(path, '.metadata')) or path.endswith('.sharded')
     if os.path.isdir(path) and not sharded:
         path = newest_checkpoint(path)
@@ -330,6 +337,10 @@ def rss_anon_bytes():
 
 def parent_of(path):
     """Name and hash of the checkpoint that a new one descends from."""
+    import gpt2
+    if gpt2.is_named_by(path):
+        hashes = [sha256_file(f) for f in gpt2.weight_files(gpt2.folder_of(path))]
+        return dict(path=path, sha256=','.join(hashes))
     if os.path.isdir(path) and not path.endswith('.sharded'):
         path = newest_checkpoint(path)
     identity = os.path.join(path, '.metadata') if os.path.isdir(path) else path

@@ -10,6 +10,7 @@ import sys
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')         # idle OpenMP threads sleep; see configurator.run
 os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['HF_HUB_OFFLINE'] = '1'                     # what is no path is a hub id: no test asks the network
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
