@@ -4,12 +4,16 @@ import os
 
 import pytest
 import torch
-from conftest import snapshot
+from conftest import OneProcess, snapshot
 
 import bench
+import bins
 import prune
 import runs
+import score
+import sparse
 from configurator import UserError
+from model import GPT, ModelConfig, model_args, n_parameters
 
 
 @pytest.fixture
@@ -112,3 +116,99 @@ def test_bench_measures_the_step_of_a_config(tmp_path):
     assert bench.main(['step', str(config), '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
     row = json.loads(out.read_text())['step']['rows'][0]
     assert row['milliseconds'] > 0 and row['tokens_per_second'] > 0 and row['procedure'] == 'pmmp'
+
+
+# --- whole layers ---
+
+@pytest.fixture
+def deep(tmp_path):
+    """A 12-layer GPT-2-like checkpoint with a mask in layer 2, on the data set toy."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(block_size=16, n_embd=8, n_head=2, n_layer=12, positions='learned', tied=True,
+                            activation='gelu_tanh')).eval()
+    mask = torch.rand(32, 8) < 0.5
+    with torch.no_grad():
+        model.blocks[2].feed_forward.up.weight.mul_(mask)
+    runs.save_checkpoint(str(tmp_path / 'deep.pt'), dict(
+        model=model.state_dict(), model_args=model_args(model), masks={'blocks.2.feed_forward.up.weight': mask},
+        config={}, data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
+    return str(tmp_path / 'deep.pt'), model
+
+
+@pytest.mark.parametrize('strategy, kept', [('3l', (0, 6, 11)), ('6t', range(6, 12)), ('6b', range(6)),
+                                            ('3b3t', (0, 2, 4, 7, 9, 11)), ('alt', range(0, 12, 2)),
+                                            ('distil', (0, 2, 4, 7, 9, 11))])
+def test_a_strategy_keeps_whole_layers(deep, tmp_path, toy, strategy, kept):
+    """METHODS §3: blocks bit for bit, in order; embeddings, norm and head too; parent and layers are named."""
+    path, teacher = deep
+    found, record = pruned(path, tmp_path, toy, f'--strategy={strategy}')
+    student = runs.load_model(str(tmp_path / 'pruned'))[0]
+    assert student.config.n_layer == len(kept) == found['model_args']['n_layer']
+    for mine, i in zip(student.blocks, kept):
+        assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(),
+                                                     teacher.blocks[i].state_dict().values()))
+    for part in ('embed', 'position', 'norm', 'head'):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(student, part).parameters(),
+                                                     getattr(teacher, part).parameters()))
+    assert record['layers'] == found['config']['layers'] == ','.join(map(str, kept))
+    assert found['parent']['path'] == path and found['parent']['sha256']
+    at = [i for i, k in enumerate(kept) if k == 2]
+    assert list(found['masks']) == [f'blocks.{i}.feed_forward.up.weight' for i in at]
+
+
+def test_all_layers_kept_are_the_teacher(deep, tmp_path, toy):
+    """Bit for bit; and train.py goes on from a truncated checkpoint."""
+    path, teacher = deep
+    pruned(path, tmp_path, toy, '--layers=' + ','.join(map(str, range(12))))
+    x = torch.randint(256, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(runs.load_model(str(tmp_path / 'pruned'))[0].eval()(x), teacher(x))
+
+
+@pytest.mark.parametrize('n, strategy, kept', [
+    (24, '6t', (13, 15, 17, 19, 21, 23)), (36, 'alt', (0, 6, 12, 18, 24, 30)), (48, 'distil', (0, 8, 16, 25, 33, 41)),
+    (36, '3b3t', (0, 6, 12, 23, 29, 35)), (18, 'alt', (0, 3, 6, 9, 12, 15)), (8, '3l', (0, 2, 5)),
+    (6, '6b', (0, 1, 2, 3, 4, 5))])
+def test_other_depths(monkeypatch, n, strategy, kept):
+    """The table of METHODS §3, and evenly spaced layers where it has no entry."""
+    monkeypatch.setattr(prune, 'strategy', strategy)
+    monkeypatch.setattr(prune, 'layers', '')
+    assert tuple(prune.layers_to_keep(n)) == kept
+
+
+def test_sensitivity_drops_what_matters_least(deep, tmp_path, toy, capsys):
+    """Brute force: every layer left out in turn, twice, on the leading validation blocks."""
+    path, teacher = deep
+    text = bins.open_bin(toy, 'toy', 'val').head(16 * sparse.CALIBRATION_BLOCKS)
+    blocks, left, out = list(teacher.blocks), list(range(12)), []
+    for _ in range(2):
+        losses = {}
+        for dropped in left:
+            teacher.blocks = torch.nn.ModuleList(blocks[i] for i in left if i != dropped)
+            losses[dropped] = score.score(teacher, text, 16, 64, OneProcess())['nats']
+        out.append(min(losses, key=losses.get))
+        left.remove(out[-1])
+    found, record = pruned(path, tmp_path, toy, '--strategy=sensitivity', '--keep_layers=10')
+    assert found['config']['layers'] == ','.join(map(str, left)) == record['layers']
+    assert record['loss_after'] == pytest.approx(min(losses.values()) / text.n_tokens)
+    printed = capsys.readouterr().out
+    assert [f'layer {i} out: validation loss' in printed for i in out] == [True, True]
+
+
+@pytest.mark.parametrize('flags, words', [
+    (('--strategy=al',), "did you mean 'alt'"), (('--layers=0,12',), 'numbers from 0 to 11'),
+    (('--layers=4,2',), 'ascending'), (('--layers=1,1',), 'different'), (('--layers=a',), 'expected numbers'),
+    (('--strategy=alt', '--layers=1'), 'expected one of them'),
+    (('--strategy=sensitivity', '--keep_layers=13'), 'expected 1 to 12')])
+def test_bad_layers(deep, tmp_path, toy, flags, words):
+    """One line, nothing written."""
+    with pytest.raises(UserError, match=words):
+        pruned(deep[0], tmp_path, toy, *flags)
+    assert not os.path.exists(tmp_path / 'pruned')
+
+
+def test_published_sizes():
+    """METHODS §3: GPT-2 small 124.44 M, six layers 81.91 M, three 60.65 M."""
+    gpt2 = dict(block_size=1024, vocab_size=50257, n_embd=768, n_head=12, positions='learned', tied=True)
+    sizes = [n_parameters(ModelConfig(n_layer=n, **gpt2)) for n in (12, 6, 3)]
+    assert [round(n / 1e6, 2) for n in sizes] == [124.44, 81.91, 60.65]
