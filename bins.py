@@ -52,7 +52,7 @@ class BinWriter:
         self.path = os.path.join(folder, f'{split}.bin')
         self.split, self.dtype = split, np.dtype(dtype).newbyteorder('<')
         self.tmp = self.path + '.tmp'
-        self.text_bytes = self.documents = 0
+        self.text_bytes = self.documents = self.words = 0              # words: counted by who writes ids, see words_in
         if resume_bytes:
             if not os.path.exists(self.tmp) or os.path.getsize(self.tmp) < resume_bytes:
                 raise UserError(f'{self.tmp} is shorter than the saved state says ({resume_bytes} bytes);'
@@ -92,8 +92,9 @@ class BinWriter:
         self.flush()
         self.file.close()
         os.replace(self.tmp, self.path)
-        return dict(file=os.path.basename(self.path), tokens=self.tokens, text_bytes=self.text_bytes,
-                    documents=self.documents, sha256=self.sha.hexdigest())
+        entry = dict(file=os.path.basename(self.path), tokens=self.tokens, text_bytes=self.text_bytes,
+                     documents=self.documents, sha256=self.sha.hexdigest())
+        return dict(entry, words=self.words) if self.words else entry
 
     def abort(self):
         self.file.close()
@@ -148,18 +149,28 @@ class Bin:
     """One split of a data set as a memory map: tokens (n_tokens,), read-only, with what meta.json says of it."""
 
     def __init__(self, tokens, vocab_size=256, start_id=NEWLINE, text_bytes=None, sha256='', name='', split='',
-                 tokenizer='byte'):
+                 tokenizer='byte', words=0, byte_lengths=None):
         self.tokens, self.n_tokens, self.vocab_size, self.start_id = tokens, len(tokens), vocab_size, start_id
         self.text_bytes = len(tokens) if text_bytes is None else text_bytes
         self.sha256, self.name, self.split, self.tokenizer = sha256, name, split, tokenizer
+        self.words, self.byte_lengths = words, byte_lengths            # 0, None: not known
 
     def head(self, n_tokens):
-        """Return the leading n_tokens (0: all) as a Bin; text bytes of BPE data are scaled by the token count."""
+        """Return the leading n_tokens (0: all) as a Bin: text bytes counted by id, words a share of the whole."""
         if n_tokens <= 0 or n_tokens >= self.n_tokens:
             return self
-        text_bytes = round(self.text_bytes * n_tokens / self.n_tokens)
+        if self.byte_lengths is None:
+            text_bytes = round(self.text_bytes * n_tokens / self.n_tokens)
+        else:
+            text_bytes = sum(int(self.byte_lengths[self.tokens[i:min(i + (1 << 20), n_tokens)]].sum(dtype=np.int64))
+                             for i in range(0, n_tokens, 1 << 20))
         return Bin(self.tokens[:n_tokens], self.vocab_size, self.start_id, text_bytes, f'{self.sha256}:{n_tokens}',
-                   self.name, self.split, self.tokenizer)
+                   self.name, self.split, self.tokenizer, round(self.words * n_tokens / self.n_tokens),
+                   self.byte_lengths)
+
+    def count_words(self):
+        """Count the words of the text: of bytes here and now, of ids as it was counted when they were made, or 0."""
+        return words_in(self.tokens) if self.tokenizer == 'byte' else self.words
 
     def gather(self, starts, length):
         """Return inputs and targets, two (B, length) int64 arrays; row i scores tokens [starts[i], starts[i] + length).
@@ -182,6 +193,16 @@ class Bin:
         """Count the targets that gather would score."""
         starts = np.asarray(starts)
         return int(np.clip(self.n_tokens - starts[starts >= 0], 0, length).sum())
+
+
+def words_in(text):
+    """Count runs of anything but ASCII white space in an array of bytes, in constant memory."""
+    n, before, white = 0, True, np.isin(np.arange(256), list(b' \t\n\r\v\f'))
+    for i in range(0, len(text), 1 << 20):
+        gap = white[text[i:i + (1 << 20)]]
+        n += int((~gap[1:] & gap[:-1]).sum()) + int(before and not gap[0])
+        before = gap[-1]
+    return n
 
 
 def open_bin(data_dir, dataset, split, verify=False):
@@ -207,8 +228,10 @@ def open_bin(data_dir, dataset, split, verify=False):
         raise UserError(f'{path} holds token id {worst}, the vocabulary has {meta["vocab_size"]}; {again}')
     if verify and sha256_file(path) != entry['sha256']:
         raise UserError(f'{path} does not have the SHA-256 of meta.json ({entry["sha256"]}); {again}')
+    table = os.path.join(folder, meta['tokenizer'].get('token_bytes') or 'none')
+    lengths = np.fromfile(table, '<u2') if os.path.exists(table) else None
     return Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
-               meta['tokenizer']['name'])
+               meta['tokenizer']['name'], entry.get('words', 0), lengths)
 
 
 def split_names(data_dir, dataset):

@@ -4,15 +4,18 @@
     python eval.py --from_ckpt=out/a,out/b --dataset=sample,mine --baselines    2 checkpoints x 2 sets, and xz & co.
     python eval.py --from_ckpt=out/a --description_length                       the training split too: two-part lengths
     python eval.py --from_ckpt=out/a --minimal_context_window=192               every byte sees at least 192 before it
+    python eval.py --from_ckpt=gpt2,out/b --dataset=wikitext103 --stride=512    a hub id; rows overlap by half
 
-In: run folders or checkpoint files, data sets. Out: one table, and out/eval-HASH/{run.json, table.md, table.csv}; HASH
-is of the knobs, checkpoints and data, so the same evaluation lands in the same folder. Each token is scored once.
+In: run folders, checkpoint files, Hugging Face folders or hub ids; data sets. Out: one table, and
+out/eval-HASH/{run.json, table.md, table.csv}; HASH is of the knobs, checkpoints and data, so the same evaluation lands
+in the same folder. Each token is scored once.
 Totals are two-part code lengths, model bytes + data bytes, by what a weight costs: raw, 4 bytes each; nnz4, 4 bytes per
 non-zero without its index (published figures do this; nothing decodes it); bits_est, the entropy of the 8-bit tensors.
 archive_bytes is the size of a file that decodes, model included. online_bytes is the code length of the first pass of
 training, each batch coded before its update: no model to send. Compressors' own programs are not counted.
 """
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -22,7 +25,7 @@ import time
 from configurator import UserError, at_least, configure, one_of, require, run
 
 # -----------------------------------------------------------------------------
-from_ckpt = ''                  # run folders or checkpoint files, comma-separated; '' = compressors only
+from_ckpt = ''                  # run folders, files, Hugging Face folders, hub ids, by commas; '' = compressors only
 data_dir = 'data'
 dataset = ''                    # data sets, comma-separated; '' = each checkpoint's own
 split = 'test'                  # splits, comma-separated
@@ -30,7 +33,8 @@ max_tokens = 0                  # leading tokens of each split; 0 = the whole sp
 verify = False                  # check the SHA-256 of the data first
 block_size = 0                  # tokens a row scores; 0 = the checkpoint's own
 batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens
-minimal_context_window = 0      # tokens that every scored one sees before it, where they exist; 0 = blocks side by side
+stride = 0                      # tokens a row advances and scores, the others are context; 0 = blocks side by side
+minimal_context_window = 0      # tokens that every scored one sees before it, where they exist; 0 = as stride says
 first_token = 'score'           # 'score', or 'skip': a block's first token is input only, as in published GPT-2 figures
 description_length = False      # score the training split too
 archive = ''                    # files packed with the checkpoints, comma-separated, one each; '' = none
@@ -42,8 +46,8 @@ device = 'auto'
 dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
 # -----------------------------------------------------------------------------
 
-SHOWN = ('run data tokens loss_nats bits_per_byte perplexity accuracy data_bytes raw_total_bytes nnz4_total_bytes '
-         'bits_est_total_bytes archive_bytes online_bytes seconds').split()
+SHOWN = ('run data tokens loss_nats bits_per_byte perplexity perplexity_per_word accuracy data_bytes raw_total_bytes '
+         'nnz4_total_bytes bits_est_total_bytes archive_bytes online_bytes seconds').split()
 PIECE = 1 << 20                 # bytes given to a compressor at a time
 
 
@@ -169,6 +173,11 @@ def name_of(path):
     return folder if file == 'ckpt.pt' else f'{folder}/{file.removesuffix(".pt")}'
 
 
+def context_of(length):
+    """Tokens that every scored one sees before it in rows of a length; length - stride + 1 with windows by stride."""
+    return length - stride + 1 if stride else minimal_context_window
+
+
 def check_fit(path, checkpoint, data):
     """Raise UserError where a checkpoint cannot score a data set under these knobs."""
     tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
@@ -178,6 +187,7 @@ def check_fit(path, checkpoint, data):
              f' holds {data.tokenizer!r} tokens with {data.vocab_size}; prepare the text with the tokenizer of the'
              ' checkpoint'),
             (length <= longest, f'block_size = {block_size}, {path} was built for at most {longest}'),
+            (stride <= length, f'stride = {stride}, expected at most {length}, the rows of {path}'),
             (minimal_context_window <= length,
              f'minimal_context_window = {minimal_context_window}, expected at most {length}, the rows of {path}'),
             (first_token == 'score' or length > 1, 'first_token = skip needs a block_size of at least 2'))
@@ -219,8 +229,10 @@ def model_rows(path, bins, packed, env):
             continue
         started = time.time()
         found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
-                               minimal_context_window, progress=f'{name_of(path)} on {name}/{part}',
+                               context_of(length), progress=f'{name_of(path)} on {name}/{part}',
                                skip_first=first_token == 'skip')
+        if words := data.count_words() * found['tokens'] / max(data.n_tokens, 1):
+            found['perplexity_per_word'] = math.exp(min(found['loss_nats'] * found['tokens'] / words, 700))
         found['data_bytes'] = round(found['data_bytes'])
         totals = {f'{form}_total_bytes': found['data_bytes'] + sizes[f'{form}_bytes']
                   for form in ('raw', 'nnz4', 'bits_est')}
@@ -238,9 +250,11 @@ def main(argv=None):
              ' with a --dataset'), (splits, 'split is empty; write --split=test'),
             one_of('first_token', first_token, ('score', 'skip')),
             *(at_least(k, globals()[k], 0)
-              for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window')),
-            (first_token == 'score' or not minimal_context_window,
-             'first_token = skip cuts blocks side by side; drop minimal_context_window'),
+              for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window', 'stride')),
+            (first_token == 'score' or not (minimal_context_window or stride),
+             'first_token = skip cuts blocks side by side; drop minimal_context_window and stride'),
+            (not (stride and minimal_context_window), f'stride = {stride} and minimal_context_window ='
+             f' {minimal_context_window} say the same in two ways; drop one'),
             (len(archives) in (0, len(paths)),
              f'archive names {len(archives)} files for {len(paths)} checkpoints, expected one each'),
             *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py pack CKPT FILE {p}')
@@ -256,6 +270,7 @@ def main(argv=None):
     for path in paths:
         checkpoint = runs.load_checkpoint(path)
         own = checkpoint['data']['dataset']
+        require((own or sets, f'{path} names no data set; give one, --dataset=NAME'))
         for part in () if sets else splits:
             if (own, part) not in bins:
                 bins[own, part] = open_bin(data_dir, own, part, verify).head(max_tokens)

@@ -76,10 +76,10 @@ def metrics(sums, text_bytes):
 
 
 def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False):
-    """Score and return metrics; the text bytes of a part of the split are its share of the tokens."""
+    """Score and return metrics; text bytes are those of the scored tokens, with skip_first their share of the split."""
     sums = score(model, data, block_size, batch_size, env, minimal_context, max_blocks, progress, skip_first)
-    whole = sums['tokens'] == data.n_tokens
-    text_bytes = data.text_bytes if whole else round(data.text_bytes * sums['tokens'] / max(data.n_tokens, 1))
+    part = round(data.text_bytes * sums['tokens'] / max(data.n_tokens, 1))
+    text_bytes = part if skip_first else data.head(sums['tokens']).text_bytes
     return metrics(sums, text_bytes)
 
 

@@ -15,6 +15,7 @@ from conftest import make_text, run_script, write_dataset
 import archive as archive_file
 import bins
 import eval as evaluation
+import gpt2
 import runs
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
@@ -117,6 +118,53 @@ def test_minimal_context_equals_one_forward_per_byte(toy, tmp_path, minimal):
     assert shortest == max(minimal, 1)
     row, = score(toy, tmp_path, f'--from_ckpt={path}', '--max_tokens=90', f'--minimal_context_window={minimal}')
     assert row['tokens'] == 90 and row['loss_nats'] * 90 == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('stride', [1, 5, T])
+def test_stride_equals_one_forward_per_window(toy, tmp_path, stride):
+    """Windows of T bytes every `stride`, the first scored whole, the others their last `stride`: brute force."""
+    path, model = save(tmp_path / 'm')
+    text = open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read()[:90]
+    inputs, expected = b'\n' + text, 0.0
+    for t, target in enumerate(text):
+        start = max(0, -(-(t + 1 - T) // stride) * stride)
+        expected += nats_of(model, inputs[start:t + 1], target)
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', '--max_tokens=90', f'--stride={stride}')
+    assert row['tokens'] == 90 and row['loss_nats'] * 90 == pytest.approx(expected, rel=1e-5)
+    assert row['perplexity_per_word'] == pytest.approx(math.exp(expected / len(text.split())), rel=1e-4)
+
+
+def test_words_and_bytes_of_ids(tmp_path):
+    """Of BPE data words are as meta.json counted them, text bytes the sum over ids, also of a part."""
+    folder = str(tmp_path / 'data' / 'bpe')
+    writer = bins.BinWriter(folder, 'test', 'uint16')
+    lengths = np.arange(300, dtype='<u2') % 7 + 1
+    writer.write(np.arange(300), text_bytes=int(lengths.sum()))
+    writer.words = 60
+    lengths.tofile(os.path.join(folder, 'token_bytes.bin'))
+    bins.write_meta(folder, 'prepare_text.py', [], dict(test=writer.commit()), 'x', 'uint16', 300, 0,
+                    dict(name='gpt2', sha256='', token_bytes='token_bytes.bin'))
+    path, _ = save(tmp_path / 'm', uniform, dataset='bpe', tokenizer='gpt2', vocab_size=300)
+    for n, words in ((0, 60), (100, 20)):
+        row, = score(str(tmp_path / 'data'), tmp_path, f'--from_ckpt={path}', f'--max_tokens={n}')
+        assert row['text_bytes'] == int(lengths[:n or 300].sum())
+        assert row['perplexity_per_word'] == pytest.approx(300 ** (row['tokens'] / words), rel=1e-5)
+
+
+def test_words_are_counted_across_chunks():
+    """Of 3 MB, whose chunks of 1 MiB end anywhere."""
+    text = make_text(3_000_000) + b'\x0b\t a\r\nb'
+    assert bins.words_in(np.frombuffer(text, np.uint8)) == len(text.split()) and bins.words_in(np.zeros(0, int)) == 0
+
+
+def test_a_hugging_face_folder_is_a_checkpoint(tmp_path, toy):
+    """Scored like the checkpoint it was exported from; without --dataset it says that it names none."""
+    path, _ = save(tmp_path / 'm', activation='gelu_tanh')
+    gpt2.main(['export', path, str(tmp_path / 'hf')])
+    a, b = score(toy, tmp_path, f'--from_ckpt={path},{tmp_path / "hf"}', '--dataset=toy')
+    assert b['run'] == 'hf' and a['loss_nats'] == pytest.approx(b['loss_nats'], rel=1e-6)
+    with pytest.raises(UserError, match='names no data set; give one'):
+        score(toy, tmp_path, f'--from_ckpt={tmp_path / "hf"}')
 
 
 def test_skipping_first_tokens_gives_the_published_convention(toy, tmp_path):
@@ -299,6 +347,8 @@ BAD = {
     'block size': ('--from_ckpt=GOOD --block_size=17', 'at most 16'),
     'context': ('--from_ckpt=GOOD --minimal_context_window=17', 'at most 16'),
     'convention': ('--from_ckpt=GOOD --first_token=drop', 'first_token'),
+    'stride': ('--from_ckpt=GOOD --stride=17', 'stride = 17, expected at most 16'),
+    'two ways': ('--from_ckpt=GOOD --stride=3 --minimal_context_window=3', 'drop one'),
     'negative': ('--from_ckpt=GOOD --max_tokens=-1', 'max_tokens = -1'),
     'archive count': ('--from_ckpt=GOOD --archive=a,b', 'expected one each'),
     'no archive': ('--from_ckpt=GOOD --archive=MISSING', 'no archive at'),
