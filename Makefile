@@ -24,7 +24,9 @@ demo: .venv/run
 	head -c 32768 data/sample/test.bin > out/demo.txt
 	$(PY) compress.py pack $(DEMO)/ckpt.pt out/demo.txt out/demo.two-part --weight_bits=6
 	$(PY) compress.py unpack out/demo.two-part out/demo.decoded && cmp out/demo.txt out/demo.decoded
-	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --baselines --overwrite
+	$(PY) compress.py online out/demo.txt out/demo.online --no-verify
+	$(PY) compress.py unpack out/demo.online out/demo.decoded && cmp out/demo.txt out/demo.decoded
+	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --online_archives=out/demo.online --baselines --overwrite
 	$(PY) runs.py
 
 test: .venv/dev
@@ -36,6 +38,7 @@ lint: .venv/dev
 bench: .venv/run
 	$(PY) bench.py procedures
 	$(PY) bench.py plain --threads=1 --pairs=40
+	$(PY) bench.py codec $(DEMO) data/sample/test.bin --weight_bits=6
 
 clean:
 	rm -rf .venv out data/sample runs.csv

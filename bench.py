@@ -3,6 +3,7 @@
     python bench.py procedures              a step of rl1, drr, pmmp against vanilla (transformer800k, batch 8 x 256)
     python bench.py plain                   our step against a plain nanoGPT-style loop (transformer4.1m, T 256, 2048)
     python bench.py step CONFIG.py          step time, tokens/s and peak memory of a training config
+    python bench.py codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
 
 Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
 interquartile range of the per-round ratio. Writes --json_path (area -> rows), from which README's numbers are taken.
@@ -19,10 +20,11 @@ pairs = 20                      # interleaved rounds
 threads = 0                     # torch CPU threads; 0 = torch's default
 device = 'auto'
 dtype = 'auto'
+weight_bits = 0.0               # codec: bits per non-zero weight, as in compress.py
 json_path = 'bench.json'        # '' = print only
 # -----------------------------------------------------------------------------
 
-VERBS = dict(procedures=0, plain=0, step=1)
+VERBS = dict(procedures=0, plain=0, step=1, codec=2)
 
 
 def interleave(candidates, rounds, env, warmup=2):
@@ -180,6 +182,67 @@ def bench_step(env, path):
                  memory_mib=peak / 2**20)]
 
 
+def bench_codec(env, checkpoint, path):
+    """Pack and unpack a file, each with 1 and 2 threads, and hold the results against each other and against fp32."""
+    import tempfile
+
+    import torch
+
+    import archive
+    import compress
+    import exact
+    import runs
+    from configurator import UserError
+    raw, rows = archive.read_input(path), []
+
+    def timed(what, n_threads, job):
+        torch.set_num_threads(n_threads)
+        started = time.perf_counter()
+        found = job()
+        seconds = time.perf_counter() - started
+        rows.append(dict(what=what, threads=n_threads, seconds=seconds, kilobytes_per_second=len(raw) / 1000 / seconds))
+        return found
+
+    def pack(name, *flags):
+        compress.configure(vars(compress), ['pack', checkpoint, path, name, f'--weight_bits={weight_bits}', *flags],
+                           verbs=compress.VERBS)
+        with archive.Output(name) as out:
+            _, computed = compress.pack(checkpoint, path, out, lambda text: None)
+            out.commit()
+        return archive.read_input(name), computed
+
+    def unpack(n):
+        compress.main(['unpack', one, made, f'--threads={n}', '--no-progress'])
+        if archive.read_input(made) != raw:
+            raise UserError(f'the archive decodes to other bytes with {n} threads')
+
+    with tempfile.TemporaryDirectory() as folder:
+        one, two, made = (os.path.join(folder, name) for name in ('1', '2', 'made'))
+        data, computed = timed('pack --no-verify', 1, lambda: pack(one, '--no-progress', '--threads=1'))
+        if timed('pack --no-verify', 2, lambda: pack(two, '--no-progress', '--threads=2'))[0] != data:
+            raise UserError('archives made with 1 and with 2 threads differ')
+        for n in (1, 2):
+            timed('unpack', n, lambda n=n: unpack(n))
+        single = archive.read_archive(pack(two, '--no-progress', '--streams=1')[0], two)[3]
+    _, head, _, sections = archive.read_archive(data, path)
+    model, _ = runs.load_model(checkpoint)
+    ids, _ = archive.tokenize(raw, head['tokenizer'])
+    x, y = compress.sample(ids, head['start_id'], head['args']['block_size'], 32)
+    fp32, integer = (bits / y.size for bits in (
+        compress.float_bits(model.eval(), x, y).sum() * len(x),
+        exact.code_length_bits(compress.load_model(head, sections), x, y)))
+    nonzero = sum(int(torch.count_nonzero(p)) for p in model.parameters())
+    print(runs.markdown([dict(what=k, value=v) for k, v in dict(
+        n_params=sum(p.numel() for p in model.parameters()), nonzeros=nonzero, context=head['args']['block_size'],
+        original_bytes=len(raw), archive_bytes=len(data), weights_bytes=len(sections['wght']),
+        bits_per_nonzero=8 * len(sections['wght']) / nonzero, data_bytes=len(sections['data']), streams=head['streams'],
+        streams_cost_percent=100 * (len(sections['data']) / len(single['data']) - 1),
+        file_minus_computed_bytes=float(len(data) - computed), fp32_bits_per_symbol=float(fp32),
+        integer_bits_per_symbol=integer, integer_over_fp32_percent=float(100 * (integer / fp32 - 1))).items()],
+        ('what', 'value')))
+    return rows
+
+
 def main(argv=None):
     verb, paths, config = configure(globals(), argv, verbs=VERBS)
     require(at_least('pairs', pairs, 2), at_least('threads', threads, 0))
@@ -189,10 +252,8 @@ def main(argv=None):
     if threads:
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
-    if verb == 'step':
-        rows = bench_step(env, *paths)
-    else:
-        rows = {'procedures': bench_procedures, 'plain': bench_plain}[verb](env)
+    rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
+            'codec': bench_codec}[verb](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' medians of {pairs} rounds')
     print(runs.markdown(rows, tuple(rows[0])))

@@ -38,6 +38,7 @@ minimal_context_window = 0      # tokens that every scored one sees before it, w
 first_token = 'score'           # 'score', or 'skip': a block's first token is input only, as in published GPT-2 figures
 description_length = False      # score the training split too
 archive = ''                    # files packed with the checkpoints, comma-separated, one each; '' = none
+online_archives = ''            # files made by compress.py online, comma-separated: a row each; '' = none
 baselines = False               # compressors on the same bytes
 baseline_timeout = 600.0        # seconds for each external compressor
 out = 'out'                     # where eval-HASH goes
@@ -201,13 +202,19 @@ def read_archive_facts(path):
     return dict(path=path, size=os.path.getsize(path), text_bytes=head['bytes'], sha256=head['sha256'])
 
 
+def holds(packed, data):
+    """Say whether an archive is of the very text of a split; ids have another hash than their text, there sizes do."""
+    if data.tokenizer == 'byte':
+        return packed['text_bytes'] == data.n_tokens and packed['sha256'] == hashlib.sha256(data.tokens).hexdigest()
+    return packed['text_bytes'] == data.text_bytes
+
+
 def known_bytes(path, data, own, packed):
     """Return what is known beside the losses: the size of an archive of this very text, the run's online length."""
     import runs
     facts, found = runs.read_run(path if os.path.isdir(path) else os.path.dirname(path) or '.'), {}
-    if packed:                                  # ids have another hash than their text: there the size must do
-        same = packed['sha256'] == data.sha256 if data.tokenizer == 'byte' else packed['text_bytes'] == data.text_bytes
-        if same:
+    if packed:
+        if holds(packed, data):
             found['archive_bytes'] = packed['size']
         else:
             print(f'{packed["path"]} holds another text than {data.name}/{data.split}: left out of its row')
@@ -245,6 +252,7 @@ def main(argv=None):
     config = configure(globals(), argv)
     config.pop('overwrite')
     paths, sets, splits, archives = listed(from_ckpt), listed(dataset), listed(split), listed(archive)
+    online = listed(online_archives)
     splits += ['train'] if description_length and 'train' not in splits else []
     require((paths or baselines and sets, 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN, or --baselines'
              ' with a --dataset'), (splits, 'split is empty; write --split=test'),
@@ -258,7 +266,9 @@ def main(argv=None):
             (len(archives) in (0, len(paths)),
              f'archive names {len(archives)} files for {len(paths)} checkpoints, expected one each'),
             *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py pack CKPT FILE {p}')
-              for p in archives))
+              for p in archives),
+            *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py online FILE {p}')
+              for p in online))
     import runs
     from bins import open_bin
     env = runs.Env(device, dtype)
@@ -279,6 +289,10 @@ def main(argv=None):
                 check_fit(path, checkpoint, data)
         parents.append(runs.parent_of(path))
         blocks.add(block_size or checkpoint['model_args']['block_size'])
+    online = [(facts, next((data for data in bins.values() if holds(facts, data)), None))
+              for facts in map(read_archive_facts, online)]
+    require(*((data, f"{facts['path']} holds a text that is none of the scored splits; see python compress.py info")
+              for facts, data in online))
     identity = sorted(config.items()), [p['sha256'] for p in parents], [data.sha256 for data in bins.values()]
     folder = os.path.join(out, f'eval-{hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()}')
     table_path, before, commit = os.path.join(folder, 'table.md'), runs.read_run(folder), runs.commit_id()
@@ -304,6 +318,10 @@ def main(argv=None):
     env.close()
     if not env.main:
         return 0
+    for facts, data in online:
+        n = facts['text_bytes']
+        add(dict(run=f"online {os.path.basename(facts['path'])}", data=f'{data.name}/{data.split}', text_bytes=n,
+                 tokens=n, bits_per_byte=8 * facts['size'] / max(n, 1), archive_bytes=facts['size']))
     if baselines:
         for data in bins.values():
             if data.tokenizer != 'byte':

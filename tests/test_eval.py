@@ -2,6 +2,7 @@
 import bz2
 import csv
 import gzip
+import hashlib
 import json
 import lzma
 import math
@@ -230,6 +231,13 @@ def test_archive_stands_in_the_row_of_the_text_it_holds(toy, tmp_path, monkeypat
     test, train = score(toy, tmp_path, f'--from_ckpt={path}', '--description_length', f'--archive={packed}')
     assert test['archive_bytes'] == 555 and 'archive_bytes' not in train
     assert 'holds another text than toy/train' in capsys.readouterr().out
+    leading = hashlib.sha256(open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read(100)).hexdigest()
+    monkeypatch.setattr(archive_file, 'read_archive', lambda raw, name: (1, dict(sha256=leading, bytes=100), [], {}))
+    both = score(toy, tmp_path, f'--from_ckpt={path}', '--max_tokens=100', f'--archive={packed}',
+                 f'--online_archives={packed}')
+    assert [r['archive_bytes'] for r in both] == [555, 555] and both[1]['bits_per_byte'] == 8 * 555 / 100
+    with pytest.raises(UserError, match='none of the scored splits'):
+        score(toy, tmp_path, f'--from_ckpt={path}', f'--online_archives={packed}')
 
 
 def test_baselines_equal_their_libraries(toy, tmp_path, monkeypatch):
