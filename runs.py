@@ -10,6 +10,7 @@ A run writes only its own run.json; runs.csv is derived, rebuilt whole, never ed
 import atexit
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -39,7 +40,7 @@ COLUMNS = ('run_id experiment_name timestamp run_time status procedure model dat
            'tolerated_relative_loss_increase epsilon final_train_loss final_val_loss mean_train_loss mean_test_loss '
            'model_byte_size non_zero_params online_description_length_bytes training_runtime '
            'total_number_of_GPUs').split()
-WATCHED = 'run_id state phase step n_steps percent train_loss train_tokens_per_second hours_left seconds_ago'.split()
+WATCHED = 'run_id status phase step n_steps percent train_loss train_tokens_per_second hours_left seconds_ago'.split()
 SHOWN = ('run_id status procedure final_val_loss test_bits_per_byte non_zero_params sparsity archive_bytes '
          'training_runtime').split()
 
@@ -387,9 +388,11 @@ def progress_bar(label, total, done, env):
 # --- the table of runs ---
 
 def gather(folder):
-    """Read every run.json below folder; a file that is being replaced is simply read again next time."""
+    """Read every run.json below folder; a run whose process died without a word (kill -9) has status 'killed'."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [r for r in (read_run(os.path.join(folder, name)) for name in names) if r]
+    found = [r for r in (read_run(os.path.join(folder, name)) for name in names) if r]
+    return [dict(r, status='killed') if r.get('status') == 'running' and r.get('host') == platform.node()
+            and not alive(r.get('pid', 0)) else r for r in found]
 
 
 def write_csv(path, records):
@@ -419,29 +422,25 @@ def markdown(rows, columns):
     return '\n'.join(lines)
 
 
-def running(folder):
-    """Rows of the unfinished runs below a folder: progress, hours left, and how long ago they last wrote."""
+def unfinished(folder):
+    """Rows of the runs below a folder that are not done: progress, hours left, seconds since they last wrote."""
     rows = []
     for record in gather(folder):
-        if record.get('status') not in ('running', 'paused', 'failed'):
+        path = os.path.join(folder, record.get('run_id', ''), 'run.json')
+        if record.get('status') == 'done' or 'n_steps' not in record or not os.path.exists(path):
             continue
-        path = os.path.join(folder, record['run_id'], 'run.json')
-        age = time.time() - os.path.getmtime(path) if os.path.exists(path) else 0.0
-        lost = record['status'] == 'running' and record.get('host') == platform.node() and not alive(record.get('pid'))
-        left = record.get('n_steps', 0) - record.get('step', 0)
-        speed = record.get('train_tokens_per_second') or 0
-        tokens = record.get('batch_size', 0) * record.get('seq_length', 0)
-        rows.append(dict(record, state='lost (killed)' if lost else record['status'], seconds_ago=round(age),
-                         percent=100 * record.get('step', 0) / max(1, record.get('n_steps', 0)),
-                         hours_left=left * tokens / speed / 3600 if speed else ''))
+        step, speed = record.get('step', 0), record.get('train_tokens_per_second') or math.nan
+        left = (record['n_steps'] - step) * record['batch_size'] * record['seq_length']
+        rows.append(dict(record, step=step, percent=100 * step / record['n_steps'], hours_left=left / speed / 3600,
+                         seconds_ago=round(time.time() - os.path.getmtime(path))))
     return rows
 
 
 def alive(pid):
     """Say whether a process of this machine exists."""
     try:
-        os.kill(int(pid or 0) or 1 << 30, 0)
-    except (ProcessLookupError, OverflowError, ValueError):
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
     except PermissionError:
         pass
@@ -461,8 +460,8 @@ def main(argv=None):
         save_checkpoint(paths[1], load_checkpoint(paths[0]))
         return print(f'{paths[1]}: {os.path.getsize(paths[1]):,} bytes')
     while watch:
-        rows = running(out)
-        print(time.strftime('%H:%M:%S'), markdown(rows, WATCHED) if rows else f'nothing is running below {out!r}',
+        rows = unfinished(out)
+        print(time.strftime('%H:%M:%S'), markdown(rows, WATCHED) if rows else f'no unfinished run below {out!r}',
               sep='\n', flush=True)
         time.sleep(watch_interval)
     records = gather(out)

@@ -90,6 +90,28 @@ def test_a_process_that_ends_without_a_status_has_failed(tmp_path):
     assert runs.read_run(tmp_path)['status'] == 'failed' and runs.read_run(tmp_path)['step'] == 5
 
 
+def test_killed_runs_are_visible_as_such_and_watched(tmp_path, monkeypatch, capsys):
+    """kill -9 writes nothing: 'running' for ever. The watch shows step, share, hours left of all that are not done."""
+    facts = dict(n_steps=200, step=50, batch_size=8, seq_length=32, train_tokens_per_second=64, phase='main',
+                 host=runs.platform.node())
+    for name, status, pid in (('dead', 'running', 2 ** 22 + 1), ('live', 'running', os.getpid()),
+                              ('gone', 'done', 1), ('wait', 'paused', 1)):
+        (tmp_path / 'out' / name).mkdir(parents=True)
+        runs.write_json(str(tmp_path / 'out' / name / 'run.json'), dict(facts, run_id=name, status=status, pid=pid))
+    assert [(r['run_id'], r['status']) for r in runs.gather(str(tmp_path / 'out'))] == [
+        ('dead', 'killed'), ('gone', 'done'), ('live', 'running'), ('wait', 'paused')]
+
+    def interrupt(seconds):
+        assert seconds == 7.0
+        raise KeyboardInterrupt
+    monkeypatch.setattr(runs.time, 'sleep', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runs.main([f'--out={tmp_path / "out"}', '--watch', '--watch_interval=7', '--csv_path='])
+    shown = capsys.readouterr().out
+    assert 'gone' not in shown and shown.count('25.0000') == 3                      # percent
+    assert f'{150 * 8 * 32 / 64 / 3600:.4f}' in shown and 'killed' in shown
+
+
 def test_only_rank_0_writes(tmp_path):
     """Ranks that all write one run.json overwrite each other's numbers."""
     runs.RunRecord(str(tmp_path), dict(seed=1), OneProcess(1, 2)).update(status='done')
@@ -165,6 +187,46 @@ def test_failed_save_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 # --- the run folder ---
+
+FULL_DISK = """
+import resource, sys
+import torch
+import runs
+path = sys.argv[1]
+runs.save_checkpoint(path, dict(step=1, model=dict(a=torch.ones(1000))))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))       # a file system with no room for more
+runs.run(lambda: runs.save_checkpoint(path, dict(step=2, model=dict(a=torch.ones(100_000)))))
+"""
+
+
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """A write that fails half-way must not cost what was there, nor leave its half behind."""
+    (tmp_path / 'full.py').write_text(FULL_DISK)
+    done = run_script(tmp_path / 'full.py', tmp_path / 'ckpt.pt')
+    assert done.returncode == 1 and done.stderr.startswith('error: cannot save') and done.stderr.count('\n') == 1
+    assert 'previous checkpoint is untouched' in done.stderr
+    assert runs.load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 1
+    assert not (tmp_path / 'ckpt.pt.tmp').exists()
+
+
+def test_newer_format_says_to_update(tmp_path):
+    torch.save(dict(format='nanomdl-ckpt-9'), tmp_path / 'a.pt')
+    with pytest.raises(UserError, match='nanomdl-ckpt-9.*update this repository'):
+        runs.load_checkpoint(tmp_path / 'a.pt')
+
+
+@pytest.mark.parametrize('environ, words', [
+    (dict(RANK='0', WORLD_SIZE='2', MASTER_PORT='1'), 'RANK is set but not MASTER_ADDR; start with torchrun'),
+    (dict(SLURM_NTASKS='2', SLURM_STEP_ID='0', SLURM_PROCID='0'), 'sbatch slurm/train.sbatch')])
+def test_processes_that_cannot_meet_are_told_so(environ, words, monkeypatch):
+    """srun python train.py starts N runs that overwrite each other; env:// without an address is a traceback."""
+    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        runs.Env('cpu')
+
 
 @pytest.mark.parametrize('status, overwrite, resume, words', [
     ('done', False, False, ('--overwrite', 'done')), ('paused', False, False, ('--init_from=resume', '--overwrite')),
