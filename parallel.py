@@ -107,6 +107,15 @@ def norm_of(tensors, env):
     return env.sum(norm.square()).sqrt() if hasattr(tensors[0], 'whole') else norm
 
 
+def held_bytes(tensors, optimizers):
+    """Bytes that this rank holds: local tensors, and the tensors and state of optimisers."""
+    held = {id(t): t for t in tensors}
+    for optimizer in optimizers:
+        held |= {id(t): t for t in parameters_of(optimizer)}
+        held |= {id(t): t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)}
+    return sum(t.numel() * t.element_size() for t in held.values())
+
+
 # --- sharded checkpoints: each rank writes its part ---
 
 def _pull_out(tree, key, tensors):

@@ -76,16 +76,25 @@ def rate_at(step, n_steps, peak, k):
 
 
 def memory_by_part(model_config, k, n_ranks, wide):
-    """Estimate the bytes that one rank holds at the peak of a step, by part; wide: bytes of an activation."""
+    """Estimate the bytes that one rank holds at the peak of a run, by part; wide: bytes of an activation.
+
+    Per token a block keeps 17 C for its backward (two norms' inputs and outputs, q, k, v, attention's output twice, 4 C
+    before and after the activation), 6 C more with rotary positions; 14 C are in flight, 44 C more where a block is
+    recomputed; the head has three rows of V in float32. Scoring keeps nothing but has 22 C of 16,384 tokens in flight.
+    What is in flight was measured on a CPU (LOG). An edit's temporaries come when the activations have gone.
+    """
     from model import n_parameters
+    from score import rows_per_forward
     n, c, t, layers = n_parameters(model_config), model_config.n_embd, model_config.block_size, model_config.n_layer
-    tokens = (k.micro_batch_size or max(1, k.batch_size // n_ranks)) * t
+    tokens, head = (k.micro_batch_size or max(1, k.batch_size // n_ranks)) * t, 12 * model_config.vocab_size
     held = n / n_ranks if k.shard else n
+    per_block = 23 if model_config.positions == 'rotary' else 17
+    kept = layers + 44 if k.activation_checkpointing else per_block * layers
+    scoring = rows_per_forward(t) * t * (22 * c * wide + head)
+    temporary = 8 * held if k.procedure in ('drr', 'pmmp') else 4 * held if k.procedure == 'rl1' else 0
     return dict(weights=4 * held, gradients=4 * held, optimizer=8 * held,
-                procedure=48 * held if k.procedure == 'pmmp' else 8 * held if k.procedure == 'drr' else 0,
-                masks=held if k.do_pruning else 0,
-                activations=tokens * (layers * (1 if k.activation_checkpointing else 18) * c * wide
-                                      + 3 * model_config.vocab_size * 4))
+                procedure=48 * held if k.procedure == 'pmmp' else 0, masks=held if k.do_pruning else 0,
+                activations=max(tokens * ((kept + 14) * c * wide + head), scoring, temporary))
 
 
 def print_plan(config, k, model_config, n_ranks, train_tokens):

@@ -309,6 +309,7 @@ def main(argv=None):
              f" tolerance_spent={counters['tolerance_spent']:.4f}", nonzeros=nonzero, epsilon=epsilon)
 
     # the loop
+    held_bytes = 0                                                      # weights, masks, procedure, optimisers
     raw_model.train()
     for phase in phases:
         done = counters['step'] - phase['first_step']
@@ -429,6 +430,7 @@ def main(argv=None):
             if save_due:
                 save(phase)
                 last_saved = time.time()
+        held_bytes = max(held_bytes, parallel.held_bytes(all_params + list(masks.values()), optimizers))
         bar.close()
 
     # the end: the checkpoint, then every number from sums over whole splits
@@ -439,6 +441,7 @@ def main(argv=None):
                   sparsity=1 - sizes['nonzeros'] / sizes['n_params'], bits_est_bytes=sizes['bits_est_bytes'],
                   training_runtime=round(counters['train_seconds'], 1), tokens_seen=counters['tokens'],
                   tolerance_spent=counters['tolerance_spent'], n_prunings=counters['n_prunings'],
+                  held_bytes_per_rank=held_bytes,
                   online_description_length_bytes=round(counters['online_nats'] / LN2 / 8)
                   if counters['online_tokens'] == train_data.n_tokens else None)
     if final_train_blocks:

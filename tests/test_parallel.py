@@ -85,6 +85,13 @@ def test_one_process_ddp_and_fsdp2_have_the_same_losses(name, jobs):
     assert a['n_params'] == b['n_params'] and abs(a['final_val_loss'] - b['final_val_loss']) < 1e-4
 
 
+def test_a_rank_holds_half(jobs):
+    """w, gamma, u and their moments are the larger part of PMMP's state: sharded like the weights."""
+    ddp, parts = (runs.read_run(jobs / f'{m}-pmmp')['held_bytes_per_rank'] for m in ('ddp', 'fsdp'))
+    n = runs.read_run(jobs / 'ddp-pmmp')['n_params']
+    assert ddp > 40 * n and 0.5 <= parts / ddp < 0.52
+
+
 def test_a_tied_head_and_uneven_rows(jobs):
     """37 rows on two ranks, a weight that is head and embedding, accumulation and recomputed activations."""
     assert difference(jobs / 'one-odd', jobs / 'fsdp-odd') < 1e-5

@@ -722,6 +722,40 @@ def test_memory_does_not_grow_with_the_data(tmp_path, order):
     assert 0 < small and large - small < 50 << 20
 
 
+MEMORY = """
+import sys, threading, time, types
+import torch
+import torch.utils.checkpoint
+import model, parallel, plan, runs, score, sparse, train
+torch.optim.AdamW([torch.zeros(1)], fused=True)                 # loads 66 MiB of torch's own modules
+before, peak, stop = runs.rss_anon_bytes(), [0], []
+def watch():
+    while not stop:
+        peak[0] = max(peak[0], runs.rss_anon_bytes() - before)
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+train.main(sys.argv[1:])
+stop.append(1)
+thread.join()
+knobs = types.SimpleNamespace(**vars(train))
+parts = plan.memory_by_part(model.config_from_knobs(vars(train), 256), knobs, 1, 4)
+print('RATIO', sum(parts.values()) / peak[0])
+"""
+
+
+def test_memory_plan_is_near_the_measured_peak(toy, tmp_path):
+    """--check's estimate within 15 % of the rise of peak RssAnon after imports, transformer4.1m."""
+    (tmp_path / 'memory.py').write_text(MEMORY)
+    done = run_script(tmp_path / 'memory.py', '--model=transformer4.1m', '--block_size=256', '--batch_size=12',
+                      '--epochs=0', '--max_iters=2', '--final_train_blocks=0', '--procedure=pmmp', '--dtype=float32',
+                      '--device=cpu', f'--data_dir={toy}', '--dataset=toy', f'--out_dir={tmp_path / "run"}',
+                      timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ratio = float(done.stdout.split('RATIO')[1])
+    assert 0.85 < ratio < 1.15, ratio
+
+
 # --- several ranks ---
 
 @pytest.fixture(scope='module')
