@@ -30,6 +30,7 @@ FLAGS = (*TINY, '--dataset=toy', '--procedure=pmmp', '--alpha=1e-3', '--initial_
          '--tolerated_relative_loss_increase=0.05', '--final_train_blocks=8', '--log_interval=1')
 N_STEPS = 600
 LIMIT_SECONDS = 120             # of one launch
+MOMENTS = ('step', 'save', 'resume', 'start')
 MAY_DIFFER = {'config', 'parent', 'train_seconds', 'commit'}    # init_from, what was resumed, times, the working tree
 
 
@@ -72,20 +73,32 @@ def kill_all(folder, process):
         time.sleep(0.005)
 
 
-def wait_for(moment, target, folder, process, rng):
+def progress(folder):
+    """Return (process id, last logged step, time of ckpt.pt.tmp) of a run; 0 for what is not there."""
+    import runs
+    record, half = runs.read_run(folder), os.path.join(folder, 'ckpt.pt.tmp')
+    try:
+        written = os.stat(half).st_mtime_ns
+    except FileNotFoundError:
+        written = 0
+    return record.get('pid', 0), record.get('step', 0), written
+
+
+def wait_for(moment, target, folder, process, before, rng):
     """Return when the moment to kill has come; False when the run ended before.
 
-    moment: 'start' target seconds after the launch, 'step' within step target, 'save' while a checkpoint is written
-    after step target.
+    moment: 'start' target seconds after the launch, 'resume' after the first step (nothing is saved yet), 'step' within
+    step target, 'save' while a checkpoint is written after step target. before: progress() as the last launch left it.
     """
-    import runs
     end = time.time() + (target if moment == 'start' else LIMIT_SECONDS)
+    target = 1 if moment == 'resume' else target
     while process.poll() is None and time.time() < end:
-        if moment != 'start' and runs.read_run(folder).get('step', 0) >= target:
-            if moment == 'step':
+        pid, step, written = progress(folder)
+        if moment != 'start' and pid != before[0] and step >= target:
+            if moment in ('step', 'resume'):
                 time.sleep(rng.uniform(0, 0.01))            # anywhere in a step, or in the pruning that follows
                 return True
-            if os.path.exists(os.path.join(folder, 'ckpt.pt.tmp')):
+            if written not in (0, before[2]):
                 return True
         time.sleep(0.0005 if moment == 'save' else 0.002)
     return process.poll() is None and moment == 'start'
@@ -153,19 +166,20 @@ def kill_test(work, n_kills, n_ranks, seed):
     finish(unbroken, data_dir, n_ranks, '--checkpoint_time=0')
     for i in range(n_kills):
         target = int((i + rng.random()) / n_kills * (N_STEPS - 10))
-        moment = rng.choices(('step', 'save', 'start'), (6, 3, 1))[0]
+        moment = MOMENTS[i % len(MOMENTS)]
+        before = progress(broken)
         process = launch(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume')
         try:
             alive = wait_for(moment, rng.uniform(0, 2 * n_ranks) if moment == 'start' else target, broken, process,
-                             rng)
+                             before, rng)
         finally:
             kill_all(broken, process)
         if not alive:
             return [f'launch {i + 1} of {n_kills} ended before it was killed, see its output: ' + tail_of(broken)]
         path = os.path.join(broken, 'ckpt.pt')
         saved = runs.load_checkpoint(path)['step'] if os.path.exists(path) else 0
-        step = runs.read_run(broken).get('step', 0)
-        half = ', ckpt.pt.tmp left' if os.path.exists(f'{path}.tmp') else ''
+        _, step, written = progress(broken)
+        half = ', in the middle of saving' if written not in (0, before[2]) else ''
         print(f'kill {i + 1:2} ({moment}): last logged step {step} ({phase_of(step)}), checkpoint of step'
               f' {saved} ({phase_of(saved)}){half}', flush=True)
     finish(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume')
