@@ -1,6 +1,6 @@
 """Kill a training with SIGKILL at random moments, resume it each time, and compare it with the unbroken run to the bit.
 
-    python tests/kill_test.py [--kills=20] [--ranks=1]
+    python tests/kill_test.py [--kills=20] [--ranks=1] [--train_flags=--shard=full]
 
 600 steps: prelude, main with pmmp and two prunings, fine-tuning, a checkpoint every 0.1 s. One line per kill, then
 what differs, if anything does: exit code 1. Linux: processes are found in /proc. No GPU, one thread per rank.
@@ -22,6 +22,7 @@ from configurator import configure, run
 kills = 20
 ranks = 1
 seed = 0                        # of the moments
+train_flags = ''                # more flags for train.py, such as --shard=full
 # -----------------------------------------------------------------------------
 
 FLAGS = (*TINY, '--dataset=toy', '--procedure=pmmp', '--alpha=1e-3', '--initial_u_value=0.1', '--epochs_prelude=1',
@@ -157,18 +158,18 @@ def tail_of(folder):
         return f.read()[-2000:]
 
 
-def kill_test(work, n_kills, n_ranks, seed):
+def kill_test(work, n_kills, n_ranks, seed, *flags):
     """Return the list of differences between a run killed n_kills times and an unbroken one; prints as it goes."""
     import runs
     rng, data_dir = random.Random(seed), os.path.join(work, 'data')
     write_dataset(data_dir, sizes=(40_000, 2000, 777))      # 157 batches of 8 x 32
     unbroken, broken = os.path.join(work, 'unbroken'), os.path.join(work, 'broken')
-    finish(unbroken, data_dir, n_ranks, '--checkpoint_time=0')
+    finish(unbroken, data_dir, n_ranks, '--checkpoint_time=0', *flags)
     for i in range(n_kills):
         target = int((i + rng.random()) / n_kills * (N_STEPS - 10))
         moment = MOMENTS[i % len(MOMENTS)]
         before = progress(broken)
-        process = launch(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume')
+        process = launch(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume', *flags)
         try:
             alive = wait_for(moment, rng.uniform(0, 2 * n_ranks) if moment == 'start' else target, broken, process,
                              before, rng)
@@ -182,7 +183,7 @@ def kill_test(work, n_kills, n_ranks, seed):
         half = ', in the middle of saving' if written not in (0, before[2]) else ''
         print(f'kill {i + 1:2} ({moment}): last logged step {step} ({phase_of(step)}), checkpoint of step'
               f' {saved} ({phase_of(saved)}){half}', flush=True)
-    finish(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume')
+    finish(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume', *flags)
     problems = differences(unbroken, broken)
     pruned = runs.read_run(broken)['n_prunings']
     return problems + ([] if pruned == 2 else [f'{pruned} prunings, expected 2'])
@@ -192,10 +193,10 @@ def main(argv=None):
     configure(globals(), argv)
     started = time.time()
     with tempfile.TemporaryDirectory() as work:
-        problems = kill_test(work, kills, ranks, seed)
+        problems = kill_test(work, kills, ranks, seed, *train_flags.split())
     print(*problems, sep='\n', end='\n' if problems else '')
-    print(f"{kills} kills, {ranks} rank{'s' * (ranks > 1)}, {time.time() - started:.0f} s:"
-          f" {'DIFFERENT' if problems else 'tensors and loss log identical to the unbroken run'}")
+    verdict = 'DIFFERENT' if problems else 'tensors and loss log identical to the unbroken run'
+    print(f'{kills} kills, ranks={ranks} {train_flags}, {time.time() - started:.0f} s: {verdict}')
     return int(bool(problems))
 
 
