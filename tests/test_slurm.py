@@ -140,8 +140,10 @@ def test_out_dir_and_init_from_of_the_user(cluster):
     for flags in (['--out_dir=out/mine', '--init_from=out/base'], ['--init-from=out/base', '--out-dir=out/mine']):
         code, srun, _, err = cluster.submit('train.sbatch', *flags)
         assert code == 0 and srun[-2:] == ['--out_dir=out/mine', '--init_from=out/base'], err
-    (cluster.folder / 'out' / 'mine' / 'ckpt.pt').touch()
-    assert cluster.submit('train.sbatch', *flags)[1][-2:] == ['--out_dir=out/mine', '--init_from=resume']
+    for name in ('ckpt.pt', 'ckpt.sharded'):
+        (cluster.folder / 'out' / 'mine' / name).touch()
+        assert cluster.submit('train.sbatch', *flags)[1][-2:] == ['--out_dir=out/mine', '--init_from=resume']
+        (cluster.folder / 'out' / 'mine' / name).unlink()
 
 
 @pytest.mark.parametrize('status, code, requeues, words', [
