@@ -173,6 +173,8 @@ def kill_test(work, n_kills, n_ranks, seed, *flags):
         try:
             alive = wait_for(moment, rng.uniform(0, 2 * n_ranks) if moment == 'start' else target, broken, process,
                              before, rng)
+            if alive and moment != 'start':
+                os.kill(progress(broken)[0], signal.SIGKILL)        # rank 0 at once: a save lasts milliseconds
         finally:
             kill_all(broken, process)
         if not alive:
@@ -196,7 +198,7 @@ def main(argv=None):
         problems = kill_test(work, kills, ranks, seed, *train_flags.split())
     print(*problems, sep='\n', end='\n' if problems else '')
     verdict = 'DIFFERENT' if problems else 'tensors and loss log identical to the unbroken run'
-    print(f'{kills} kills, ranks={ranks} {train_flags}, {time.time() - started:.0f} s: {verdict}')
+    print(f'{kills} kills, ranks={ranks} {train_flags}: {time.time() - started:.0f} s, {verdict}')
     return int(bool(problems))
 
 
