@@ -9,20 +9,30 @@ A run writes only its own run.json; runs.csv is derived, rebuilt whole, never ed
 """
 import atexit
 import csv
+import ctypes
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from itertools import takewhile
 
-from bins import sha256_file, write_json
+from bins import write_json
+from ckpt import (  # for scripts, which know them as runs.load_checkpoint and so on
+    CHECKPOINT_FORMAT,
+    commit_id,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    newest_checkpoint,
+    parent_of,
+    remove,
+    save_checkpoint,
+)
 from configurator import UserError, configure, one_of, require, run
 
 # -----------------------------------------------------------------------------
@@ -32,7 +42,6 @@ watch = False                   # print the table of unfinished runs again and a
 watch_interval = 10.0           # seconds
 # -----------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
 LOST = re.compile(r'closed by peer|Connection reset|Connection refused|Broken pipe|NCCL|gloo', re.I)
 PAUSED = 85                     # exit status of a run that saved itself and wants to be continued
 COLUMNS = ('run_id experiment_name timestamp run_time status procedure model dataset alpha beta initial_p_value '
@@ -72,6 +81,8 @@ class Env:
                 (self.distributed or int(os.environ.get('SLURM_NTASKS', 1)) == 1 or 'SLURM_STEP_ID' not in os.environ,
                  'srun started several copies that do not know of each other; use sbatch slurm/train.sbatch'))
         if self.distributed and not dist.is_initialized():
+            if sys.platform == 'linux':                     # a killed torchrun leaves its ranks: PR_SET_PDEATHSIG
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
             dist.init_process_group('nccl' if self.kind == 'cuda' else 'gloo')
             sys.excepthook = self._lost_contact
         if dtype == 'auto':
@@ -116,138 +127,14 @@ class StopSignals:
     """Remember SIGTERM and SIGUSR1 so that the loop can save at the next step boundary."""
 
     def __init__(self):
-        self.received = 0
+        self.received, self.then = 0, None                  # then: what to do at once instead of only remembering
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
         self.received = number
-
-
-# --- checkpoints ---
-
-def commit_id():
-    """The repository's commit, with -dirty where the tree differs; '' outside git."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        done = subprocess.run(['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
-                              capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ''
-    return done.stdout.strip() if done.returncode == 0 else ''
-
-
-def versions():
-    import numpy
-    import torch
-    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=numpy.__version__)
-
-
-def save_checkpoint(path, checkpoint, keep_last=1):
-    """Write a checkpoint dict under a temporary name and rename; keep_last > 1 keeps older ones as NAME.1, NAME.2.
-
-    A path that ends in .sharded becomes a folder that all ranks write together; its tensors may be DTensors.
-    """
-    import torch
-    import torch.distributed as dist
-    path = os.fspath(path)
-    sharded, tmp = path.endswith('.sharded'), f'{path}.tmp'
-    checkpoint = dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id())
-    try:
-        if sharded:
-            from parallel import save_sharded
-            if dist.get_rank() == 0:
-                remove(tmp)
-            dist.barrier()
-            save_sharded(tmp, checkpoint)
-            dist.barrier()
-            if dist.get_rank():
-                return
-        else:
-            torch.save(checkpoint, tmp)
-    except (OSError, RuntimeError) as e:
-        remove(tmp)
-        raise UserError(f'cannot save {path} ({e}); the previous checkpoint is untouched; free some space') from None
-    for i in range(keep_last - 1, 0, -1):
-        older = path if i == 1 else f'{path}.{i - 1}'
-        if os.path.exists(older):
-            replace(older, f'{path}.{i}')
-    replace(tmp, path)
-
-
-def remove(path):
-    """Remove a file or a folder, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
-
-
-def replace(path, target):
-    """Rename over a file (atomic), or over a folder, which is removed first."""
-    if os.path.isdir(target):
-        shutil.rmtree(target)
-    os.replace(path, target)
-
-
-def newest_checkpoint(folder):
-    """Path of the checkpoint in a run folder, ckpt.pt or ckpt.sharded, the newer where there are both."""
-    paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt.sharded')]
-    return max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
-
-
-def load_checkpoint(path, device='cpu'):
-    """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError.
-
-    Hugging Face folders, and hub ids, which is what names nothing here, come as gpt2.load makes them.
-    """
-    import torch
-
-    import gpt2
-    path = os.fspath(path)
-    if gpt2.is_named_by(path):
-        return gpt2.load(path)
-    sharded = os.path.exists(os.path.join(path, '.metadata')) or path.endswith('.sharded')
-    if os.path.isdir(path) and not sharded:
-        path = newest_checkpoint(path)
-        sharded = path.endswith('.sharded')
-    if not os.path.exists(path):
-        raise UserError(f'no checkpoint at {path!r}; train one with python train.py config/sample_pmmp.py')
-    try:
-        if sharded:
-            from parallel import load_sharded
-            checkpoint = load_sharded(path)
-        else:
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:
-        raise UserError(f'{path} is cut short or not a checkpoint ({(str(e) or repr(e)).splitlines()[0][:90]});'
-                        ' use an older one or train again') from None
-    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
-    if found != CHECKPOINT_FORMAT:
-        newer = isinstance(found, str) and found.startswith('nanomdl-ckpt-')
-        cure = 'it was written by another version: update this repository' if newer else 'it is not one of ours'
-        raise UserError(f'{path} has format {found!r}, this version reads {CHECKPOINT_FORMAT!r}; {cure}')
-    return checkpoint
-
-
-def load_model(path, device='cpu', checkpoint=None):
-    """Build the model of a checkpoint with its weights; returns (model, checkpoint)."""
-    from model import build
-    checkpoint = checkpoint or load_checkpoint(path)
-    model = build(checkpoint['model_args'])
-    load_weights(model, checkpoint, path)
-    return model.to(device), checkpoint
-
-
-def load_weights(model, checkpoint, path):
-    """Copy a checkpoint's weights into a model of the same shape; UserError names the difference where there is one."""
-    from model import model_args
-    mine, theirs = model_args(model), checkpoint['model_args']
-    differ = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine
-              if theirs.get(k) != mine[k] and k != 'dropout']
-    if differ:
-        raise UserError(f'{path} holds a model of another shape ({"; ".join(differ)}); use the shape of the checkpoint')
-    model.load_state_dict(checkpoint['model'])
+        if self.then:
+            self.then()
 
 
 # --- run folder ---
@@ -265,6 +152,9 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
         if status == 'done':
             raise UserError(f'{path} holds a finished run, nothing is left to resume;'
                             ' use --overwrite or another --out_dir')
+        record = read_run(path)
+        if status == 'running' and record.get('host') == platform.node() and alive(record.get('pid', 0)):
+            raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
     elif not overwrite and (status in ('done', 'paused') or os.path.exists(newest_checkpoint(path))):
         how = 'continue it with --init_from=resume, ' if status != 'done' else ''
         raise UserError(f'out_dir {path!r} holds a {status or "checkpointed"} run; {how}'
@@ -336,18 +226,6 @@ def rss_anon_bytes():
         return -1
 
 
-def parent_of(path):
-    """Name and hash of the checkpoint that a new one descends from."""
-    import gpt2
-    if gpt2.is_named_by(path):
-        hashes = [sha256_file(f) for f in gpt2.weight_files(gpt2.folder_of(path))]
-        return dict(path=path, sha256=','.join(hashes))
-    if os.path.isdir(path) and not path.endswith('.sharded'):
-        path = newest_checkpoint(path)
-    identity = os.path.join(path, '.metadata') if os.path.isdir(path) else path
-    return dict(path=path, sha256=sha256_file(identity) if os.path.exists(identity) else '')
-
-
 # --- logs of a run ---
 
 def open_logs(out_dir, columns, step):
@@ -363,12 +241,15 @@ def open_logs(out_dir, columns, step):
     if step and os.path.exists(csv_path):
         with open(csv_path, newline='', encoding='utf-8') as f:
             rows = [r for r in list(csv.reader(f))[1:] if len(r) == len(columns) and int(r[2]) <= step]
-    loss_file = open(csv_path, 'w', newline='', encoding='utf-8')
+    loss_file = open(f'{csv_path}.tmp', 'w', newline='', encoding='utf-8')
     loss_csv = csv.writer(loss_file)
     loss_csv.writerow(columns)
     loss_csv.writerows(rows)
-    log = open(log_path, 'w', buffering=1, encoding='utf-8')
+    log = open(f'{log_path}.tmp', 'w', buffering=1, encoding='utf-8')
     log.writelines(lines)
+    for file, name in ((log, log_path), (loss_file, csv_path)):
+        file.flush()                            # a kill from here on must still find the rows before the checkpoint
+        os.replace(f'{name}.tmp', name)
     return log, loss_file, loss_csv
 
 

@@ -425,6 +425,7 @@ def main(argv=None):
                 bar.close()
                 note(f"paused step={step} reason={signals.received or 'max_runtime'}; continue with --init_from=resume")
                 record.update(status='paused', step=step)
+                env.barrier()                                           # the first rank to go may end the others
                 env.close()
                 return runs.PAUSED
             if save_due:
@@ -434,7 +435,9 @@ def main(argv=None):
         bar.close()
 
     # the end: the checkpoint, then every number from sums over whole splits
-    save(phases[-1])
+    if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
+        save(phases[-1])
+    signals.then = lambda: (record.update(status='paused'), os._exit(runs.PAUSED))
     sizes = sparse.model_sizes(parallel.full(p, p) for p in all_params)
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   epsilon=counters['epsilon'], model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],

@@ -1,0 +1,149 @@
+"""Checkpoints: one file, or a folder that ranks write together; saved whole or not at all, loaded without running code.
+
+Imported by runs.py, under whose name scripts use this. Hugging Face folders and hub ids are read through gpt2.py.
+"""
+import os
+import platform
+import shutil
+import subprocess
+
+from bins import sha256_file
+from configurator import UserError
+
+CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
+
+
+def commit_id():
+    """The repository's commit, with -dirty where the tree differs; '' outside git."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+    return done.stdout.strip() if done.returncode == 0 else ''
+
+
+def versions():
+    import numpy
+    import torch
+    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=numpy.__version__)
+
+
+def save_checkpoint(path, checkpoint, keep_last=1):
+    """Write a checkpoint dict under a temporary name and rename; keep_last > 1 keeps older ones as NAME.1, NAME.2.
+
+    A path that ends in .sharded becomes a folder that all ranks write together; its tensors may be DTensors.
+    """
+    import torch
+    import torch.distributed as dist
+    path = os.fspath(path)
+    sharded, tmp = path.endswith('.sharded'), f'{path}.tmp'
+    checkpoint = dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id())
+    try:
+        if sharded:
+            from parallel import save_sharded
+            if dist.get_rank() == 0:
+                remove(tmp)
+            dist.barrier()
+            save_sharded(tmp, checkpoint)
+            dist.barrier()
+            if dist.get_rank():
+                return
+        else:
+            torch.save(checkpoint, tmp)
+    except (OSError, RuntimeError) as e:
+        remove(tmp)
+        raise UserError(f'cannot save {path} ({e}); the previous checkpoint is untouched; free some space') from None
+    for i in range(keep_last - 1, 0, -1):
+        older = path if i == 1 else f'{path}.{i - 1}'
+        if os.path.exists(older):
+            replace(older, f'{path}.{i}')
+    replace(tmp, path)
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def replace(path, target):
+    """Rename over a file (atomic), or over a folder, which is removed first."""
+    if os.path.isdir(target):
+        shutil.rmtree(target)
+    os.replace(path, target)
+
+
+def newest_checkpoint(folder):
+    """Path of the checkpoint in a run folder, ckpt.pt or ckpt.sharded, the newer where there are both."""
+    paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt.sharded')]
+    return max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
+
+
+def load_checkpoint(path, device='cpu'):
+    """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError.
+
+    Hugging Face folders, and hub ids, which is what names nothing here, come as gpt2.load makes them.
+    """
+    import torch
+
+    import gpt2
+    path = os.fspath(path)
+    if gpt2.is_named_by(path):
+        return gpt2.load(path)
+    sharded = os.path.exists(os.path.join(path, '.metadata')) or path.endswith('.sharded')
+    if os.path.isdir(path) and not sharded:
+        path = newest_checkpoint(path)
+        sharded = path.endswith('.sharded')
+    if not os.path.exists(path):
+        raise UserError(f'no checkpoint at {path!r}; train one with python train.py config/sample_pmmp.py')
+    try:
+        if sharded:
+            from parallel import load_sharded
+            checkpoint = load_sharded(path)
+        else:
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise UserError(f'{path} is cut short or not a checkpoint ({(str(e) or repr(e)).splitlines()[0][:90]});'
+                        ' use an older one or train again') from None
+    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if found != CHECKPOINT_FORMAT:
+        newer = isinstance(found, str) and found.startswith('nanomdl-ckpt-')
+        cure = 'it was written by another version: update this repository' if newer else 'it is not one of ours'
+        raise UserError(f'{path} has format {found!r}, this version reads {CHECKPOINT_FORMAT!r}; {cure}')
+    return checkpoint
+
+
+def load_model(path, device='cpu', checkpoint=None):
+    """Build the model of a checkpoint with its weights; returns (model, checkpoint)."""
+    from model import build
+    checkpoint = checkpoint or load_checkpoint(path)
+    model = build(checkpoint['model_args'])
+    load_weights(model, checkpoint, path)
+    return model.to(device), checkpoint
+
+
+def load_weights(model, checkpoint, path):
+    """Copy a checkpoint's weights into a model of the same shape; UserError names the difference where there is one."""
+    from model import model_args
+    mine, theirs = model_args(model), checkpoint['model_args']
+    differ = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine
+              if theirs.get(k) != mine[k] and k != 'dropout']
+    if differ:
+        raise UserError(f'{path} holds a model of another shape ({"; ".join(differ)}); use the shape of the checkpoint')
+    model.load_state_dict(checkpoint['model'])
+
+
+def parent_of(path):
+    """Name and hash of the checkpoint that a new one descends from."""
+    import gpt2
+    if gpt2.is_named_by(path):
+        hashes = [sha256_file(f) for f in gpt2.weight_files(gpt2.folder_of(path))]
+        return dict(path=path, sha256=','.join(hashes))
+    if os.path.isdir(path) and not path.endswith('.sharded'):
+        path = newest_checkpoint(path)
+    identity = os.path.join(path, '.metadata') if os.path.isdir(path) else path
+    return dict(path=path, sha256=sha256_file(identity) if os.path.exists(identity) else '')
