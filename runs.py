@@ -153,7 +153,8 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
             raise UserError(f'{path} holds a finished run, nothing is left to resume;'
                             ' use --overwrite or another --out_dir')
         record = read_run(path)
-        if status == 'running' and record.get('host') == platform.node() and alive(record.get('pid', 0)):
+        if status == 'running' and record.get('host') == platform.node() and record['pid'] != os.getpid() \
+                and alive(record['pid']):
             raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
     elif not overwrite and (status in ('done', 'paused') or os.path.exists(newest_checkpoint(path))):
         how = 'continue it with --init_from=resume, ' if status != 'done' else ''

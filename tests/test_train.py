@@ -722,7 +722,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, order):
     assert 0 < small and large - small < 50 << 20
 
 
-MEMORY = """
+MEMORY_PLAN = """
 import sys, threading, time, types
 import torch
 import torch.utils.checkpoint
@@ -746,7 +746,7 @@ print('RATIO', sum(parts.values()) / peak[0])
 
 def test_memory_plan_is_near_the_measured_peak(toy, tmp_path):
     """--check's estimate within 15 % of the rise of peak RssAnon after imports, transformer4.1m."""
-    (tmp_path / 'memory.py').write_text(MEMORY)
+    (tmp_path / 'memory.py').write_text(MEMORY_PLAN)
     done = run_script(tmp_path / 'memory.py', '--model=transformer4.1m', '--block_size=256', '--batch_size=12',
                       '--epochs=0', '--max_iters=2', '--final_train_blocks=0', '--procedure=pmmp', '--dtype=float32',
                       '--device=cpu', f'--data_dir={toy}', '--dataset=toy', f'--out_dir={tmp_path / "run"}',
