@@ -2,8 +2,9 @@
 
 For byte data the .bin is the text itself, so cmp and sha256sum apply. meta.json holds format, dtype, vocab_size,
 start_id, tokenizer {name, sha256}, source, splits {file, tokens, text_bytes, documents, sha256} and made_by {script,
-argv}. Batches are a pure function of (seed, epoch, batch): nothing about a position has to be saved, and the number of
-processes does not change what a global batch holds.
+argv}; of a split where known also words and index, a file of uint64: where each document's first token stands. Batches
+are a pure function of (seed, epoch, batch): nothing about a position has to be saved, and the number of processes does
+not change what a global batch holds.
 """
 import bz2
 import glob
@@ -60,7 +61,7 @@ class BinWriter:
             os.truncate(self.tmp, resume_bytes)
         self.sha = _hash_into(hashlib.sha256(), self.tmp, resume_bytes) if resume_bytes else hashlib.sha256()
         self.n_bytes = resume_bytes
-        self.file = open(self.tmp, 'ab' if resume_bytes else 'wb')
+        self.file, self.index = open(self.tmp, 'ab' if resume_bytes else 'wb'), None
 
     def write(self, tokens, text_bytes=None, documents=1):
         """Append bytes (byte data) or an array of ids; text_bytes is the length of the text they stand for."""
@@ -78,6 +79,12 @@ class BinWriter:
         self.text_bytes += len(raw) if text_bytes is None else text_bytes
         self.documents += documents
 
+    def begin_document(self):
+        """Count a document and note in {split}.index.bin that its first token comes next; for all or for none."""
+        self.index = self.index or open(self.path.removesuffix('.bin') + '.index.bin.tmp', 'wb')
+        self.index.write(self.tokens.to_bytes(8, 'little'))
+        self.documents += 1
+
     @property
     def tokens(self):
         return self.n_bytes // self.dtype.itemsize
@@ -92,14 +99,20 @@ class BinWriter:
         self.flush()
         self.file.close()
         os.replace(self.tmp, self.path)
+        more = dict(words=self.words) if self.words else {}
+        if self.index:
+            self.index.close()
+            os.replace(self.index.name, self.index.name.removesuffix('.tmp'))
+            more['index'] = os.path.basename(self.index.name.removesuffix('.tmp'))
         entry = dict(file=os.path.basename(self.path), tokens=self.tokens, text_bytes=self.text_bytes,
                      documents=self.documents, sha256=self.sha.hexdigest())
-        return dict(entry, words=self.words) if self.words else entry
+        return dict(entry, **more)
 
     def abort(self):
-        self.file.close()
-        if os.path.exists(self.tmp):
-            os.remove(self.tmp)
+        for file in filter(None, (self.file, self.index)):
+            file.close()
+            if os.path.exists(file.name):
+                os.remove(file.name)
 
 
 def write_json(path, value):
@@ -336,7 +349,8 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
         old = read_meta('', folder)['splits']
         os.remove(path)
         for stale in set(old) - set(writers):
-            os.remove(os.path.join(folder, old[stale]['file']))
+            for file in filter(None, (old[stale]['file'], old[stale].get('index'))):
+                os.remove(os.path.join(folder, file))
     splits = {split: writer.commit() for split, writer in writers.items()}
     for file, content in (extras or {}).items():
         with open(os.path.join(folder, file), 'wb') as f:

@@ -20,6 +20,11 @@ SIZES = {                               # METHODS §1: byte level, feed-forward 
     'transformer3.2m': dict(n_embd=256, n_head=8, n_layer=4, block_size=2048),
     'transformer4.1m': dict(n_embd=256, n_head=8, n_layer=5, block_size=2048),
     'transformer308m': dict(n_embd=1600, n_head=25, n_layer=10, block_size=512),
+    # Radford et al. 2019; with positions = 'learned', activation = 'gelu_tanh', tied = True they are GPT-2 itself
+    'gpt2': dict(n_embd=768, n_head=12, n_layer=12, block_size=1024),
+    'gpt2-medium': dict(n_embd=1024, n_head=16, n_layer=24, block_size=1024),
+    'gpt2-large': dict(n_embd=1280, n_head=20, n_layer=36, block_size=1024),
+    'gpt2-xl': dict(n_embd=1600, n_head=25, n_layer=48, block_size=1024),
 }
 ACTIVATIONS = {
     'gelu': F.gelu,

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+import clean
 from bins import (
     BinWriter,
     chunks_of,
@@ -49,7 +50,9 @@ test_source = ''
 val_fraction = 0.01             # of the documents (bytes of a single document); 0: none
 test_fraction = 0.01            # cut only where val is cut too
 max_bytes = 0                   # leading bytes of the source to use; 0: all. val_source and test_source are taken whole
-document_separator = r'\n\n\n'  # between documents at byte level; BPE has end-of-text there
+document_separator = r'\n\n\n'  # between documents at byte level, where BPE has end-of-text; between joined rows
+join_rows = False               # the rows of a source are parts of one text, not documents: WikiText on the hub
+clean_lines = False             # drop near-duplicate lines and lines with HTML tags (clean.py) and report how many
 end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
 seed = 0                        # another seed cuts other documents
 num_proc = 0                    # tokenising threads; 0: one per core
@@ -96,9 +99,19 @@ def parquet_texts(path):
 
 
 def in_memory(text, label):
-    """Yield a text as a document; an empty one is none."""
-    if data := text_bytes_of(text, label):
+    """Yield a text as a document; an empty one is none, an empty row of a joined text is."""
+    if (data := text_bytes_of(text, label)) or join_rows:
         yield label, lambda: iter((data,))
+
+
+def joined(documents):
+    """Yield the documents of a source as one, with the separator between them."""
+    def read():
+        for i, (_, parts) in enumerate(documents()):
+            yield separator_bytes() if i else b''
+            yield from parts()
+    if next(filter(None, read()), b''):
+        yield 'the joined rows', read
 
 
 def hub_documents(dataset, label):
@@ -110,13 +123,18 @@ def open_source(source):
     """Return {split: function that gives its documents anew}; files are one split, train."""
     source = os.path.expanduser(source)
     if files := local_files(source):
-        return dict(train=functools.partial(file_documents, files))
+        return joined_if_asked(dict(train=functools.partial(file_documents, files)))
     if re.search(r'[*?\[]|\.(txt|jsonl|json|bin|parquet|gz|zst|xz|bz2)$', source) or source.startswith(('/', '.')):
         require((os.path.isdir(source), f'no file matches {source!r}, expected a file, a quoted glob such as'
                  " 'texts/**/*.txt', or the id of a hub data set"))
     splits = hub_splits(source, hub_config)
     found = {SPLIT_NAMES[s]: s for s in splits if s in SPLIT_NAMES} or {'train': next(iter(splits))}
-    return {ours: functools.partial(hub_documents, splits[name], f'{source} {name}') for ours, name in found.items()}
+    return joined_if_asked({ours: functools.partial(hub_documents, splits[name], f'{source} {name}')
+                            for ours, name in found.items()})
+
+
+def joined_if_asked(splits):
+    return {split: functools.partial(joined, make) for split, make in splits.items()} if join_rows else splits
 
 
 def part(read, start, stop):
@@ -255,21 +273,24 @@ class Splits:
         self.existed, self.separator = os.path.isdir(folder), separator_bytes()
         self.dtype = 'uint8' if tok is None else 'uint16' if len(tok.byte_lengths) <= 1 << 16 else 'uint32'
         self.bar = tqdm(unit='B', unit_scale=True, desc=name, disable=None)
+        self.cleaner = clean.LineCleaner() if clean_lines else None
 
     def add(self, split, label, chunks):
         """Append one document to a split."""
         if split not in self.writers:
             self.writers[split] = BinWriter(self.folder, split, self.dtype)
         writer = self.writers[split]
-        first, writer.documents = writer.documents == 0, writer.documents + 1
+        chunks = filter(None, self.cleaner(chunks) if self.cleaner else chunks)
         if self.tok is None:
-            writer.write(b'' if first else self.separator, documents=0)
-            for chunk in chunks:
+            for i, chunk in enumerate(chunks):
+                if i == 0:                                              # a document of which nothing is left is none
+                    writer.write(self.separator if writer.n_bytes else b'', documents=0)
+                    writer.begin_document()
                 writer.write(chunk, documents=0)
                 self.bar.update(len(chunk))
             return
         for i, piece in enumerate(pieces_of(chunks, label)):
-            self.waiting.append((writer, piece, i == 0 and not first))
+            self.waiting.append((writer, piece, i == 0))
             self.n_waiting += len(piece) + 64                           # a document of no length costs something too
             if self.n_waiting > BATCH:
                 self.flush()
@@ -277,12 +298,14 @@ class Splits:
     def flush(self):
         """Tokenise what waits and write it, in order."""
         waiting, self.waiting, self.n_waiting = self.waiting, [], 0
-        for (writer, piece, ends), ids in zip(waiting, self.tok.encode([w[1] for w in waiting]) if waiting else []):
-            if ends:                                # the document before; ahead of the first stands the start id
-                writer.write([self.tok.end], text_bytes=0, documents=0)
-            n_bytes = len(piece.encode())
-            writer.write(ids, text_bytes=n_bytes, documents=0)
-            self.bar.update(n_bytes)
+        for (writer, piece, begins), ids in zip(waiting, self.tok.encode([w[1] for w in waiting]) if waiting else []):
+            if begins:                                  # ahead of the first document stands the start id
+                writer.write([self.tok.end] if writer.n_bytes else [], text_bytes=0, documents=0)
+                writer.begin_document()
+            raw = piece.encode()
+            writer.write(ids, text_bytes=len(raw), documents=0)
+            writer.words += len(raw.split())                            # pieces end where words do
+            self.bar.update(len(raw))
 
     def finish_text(self):
         self.flush()
@@ -392,8 +415,12 @@ def main(argv=None):
         if n_repeated:
             print(f'{n_repeated:,} documents of train stand in val or test too: '
                   + ('kept, as these are the own splits of the set' if own else 'left out of train'))
+        if out.cleaner:
+            how_many = out.cleaner.counts
+            print(f'cleaned {how_many["lines"]:,} lines: {how_many["duplicate_lines"]:,} near-duplicates and'
+                  f' {how_many["html_lines"]:,} with HTML tags dropped')
         origin = dict(source=source, config=hub_config, sha256=digest.hexdigest(), splits=how,
-                      repeated_documents=n_repeated)
+                      cleaned=out.cleaner.counts if out.cleaner else {}, repeated_documents=n_repeated)
         finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta())
     except BaseException:
         out.abort()

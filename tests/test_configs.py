@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
+import distill
 import train
 
 _LISTED = subprocess.run(['git', '-C', ROOT, 'ls-files', 'config/*.py'], capture_output=True, text=True,
@@ -42,16 +43,17 @@ def test_config_loads_against_its_script(path):
         assert os.path.basename(values['out_dir']) == os.path.basename(path)[:-3]
 
 
-@pytest.mark.parametrize('path', [p for p in CONFIGS if launch_of(p)[0] == 'train.py'])
+@pytest.mark.parametrize('path', [p for p in CONFIGS if launch_of(p)[0] in ('train.py', 'distill.py')])
 def test_check_passes_with_the_processes_of_the_launch_line(path, tmp_path, monkeypatch, capsys):
     """--check needs neither data nor a device, and the launch line's process count must divide the batch."""
-    _, argv, n_processes = launch_of(path)
+    script, argv, n_processes = launch_of(path)
+    main = dict(zip(('train.py', 'distill.py'), (train.main, distill.main)))[script]
     monkeypatch.chdir(tmp_path)
     for world in {1, n_processes}:
         monkeypatch.setenv('WORLD_SIZE', str(world))
-        assert train.main([*(os.path.join(ROOT, a) if a == path else a for a in argv), '--check']) in (0, None)
+        assert main([*(os.path.join(ROOT, a) if a == path else a for a in argv), '--check']) in (0, None)
     printed = capsys.readouterr().out
-    for word in ('parameters', 'FLOPs per token', 'memory', "procedure = '", 'unknown: run prepare_'):
+    for word in ('parameters', 'FLOPs per token', 'memory', "dataset = '", 'unknown: run prepare_'):
         assert word in printed
     assert os.listdir(tmp_path) == []                           # nothing was made
 
@@ -89,7 +91,37 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
     """Importing trains nothing, reads no command line and prints nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
-    for name in ('train', 'runs', 'prune'):
+    for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text'):
         spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
+
+
+def values_of(name, script):
+    return configurator.configure(dict(__file__=script.__file__, __doc__=''), [os.path.join(ROOT, 'config', name)])
+
+
+def test_the_published_settings_of_gpt2_compression():
+    """METHODS §3: DistilBERT's loss and optimiser, Li et al.'s pretraining and fine-tuning; six layers of GPT-2."""
+    v = values_of('gpt2_distil6.py', distill)
+    assert (v['temperature'], v['a_ce'], v['a_clm'], v['a_cos'], v['a_mse'], v['a_hidden']) == (2, 5, 2, 1, 0, 0)
+    assert (v['learning_rate'], v['schedule'], v['min_learning_rate_ratio'], v['grad_clip'], v['batch_size'],
+            v['epochs'], v['adam_epsilon'], v['weight_decay'], v['beta1'], v['beta2'], v['freeze_positions']) == (
+                2.5e-4, 'linear', 0, 5, 4096, 4, 1e-6, 0, 0.9, 0.999, True)
+    pretrain, tune = values_of('gpt2_alt6_pretrain.py', train), values_of('gpt2_finetune_wikitext103.py', train)
+    for w, batch, epochs in ((pretrain, 512, 3), (tune, 256, 6)):
+        assert (w['learning_rate'], w['schedule'], w['min_learning_rate_ratio'], w['batch_size'], w['epochs']) == (
+            5e-5, 'linear', 0, batch, epochs)
+    for w in (v, pretrain, tune):
+        assert (w['model'], w['n_layer'], w['positions'], w['activation'], w['tied']) == (
+            'gpt2', 6, 'learned', 'gelu_tanh', True)
+
+
+@pytest.mark.parametrize('taught, control, start', [
+    ('gpt2_distil6.py', 'gpt2_scratch_control6.py', {'init_from', 'freeze_positions'}),
+    ('distil_byte_student.py', 'distil_byte_control.py', set())])
+def test_a_control_differs_in_the_teacher_alone(taught, control, start):
+    """The pair that answers whether a teacher helps: same student, data, tokens, optimiser; what it gave is away."""
+    a, b = values_of(taught, distill), values_of(control, distill)
+    assert {k for k in a if a[k] != b[k]} <= {'out_dir', 'a_ce', 'a_clm', 'a_cos'} | start
+    assert (b['a_ce'], b['a_clm'], b['a_cos'], b['a_mse'], b['a_hidden']) == (0, 1, 0, 0, 0) and a['a_ce'] > 0

@@ -107,7 +107,7 @@ def test_no_square_buffers_and_sdpa_without_mask(monkeypatch):
     assert 'log_softmax' not in source   # cross_entropy takes logits: once is enough
 
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [n for n in SIZES if n.startswith('transformer')])
 def test_named_sizes_have_the_parameters_of_METHODS(name):
     """d, layers, untied head, feed-forward 4d: 12 d² + 13 d a layer, 2 V d for embedding and head, 2 d for the norm."""
     knobs = dict(model=name, n_layer=0, n_head=0, n_embd=0, block_size=0, positions='sinusoidal', norm='layernorm',
@@ -119,6 +119,15 @@ def test_named_sizes_have_the_parameters_of_METHODS(name):
     published = float(name.removeprefix('transformer').rstrip('km')) * (1e3 if name.endswith('k') else 1e6)
     assert abs(n_parameters(config) / published - 1) < 0.2
     assert flops_per_token(config) == 6 * (12 * layers * d * d + 256 * d) + 12 * layers * d * config.block_size
+
+
+@pytest.mark.parametrize('name, n', [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168), ('gpt2-large', 774_030_080),
+                                     ('gpt2-xl', 1_557_611_200)])
+def test_gpt2_sizes_have_the_parameters_of_gpt2(name, n):
+    """As the published checkpoints count them, the tied head once."""
+    knobs = dict(model=name, n_layer=0, n_head=0, n_embd=0, block_size=0, positions='learned', norm='layernorm',
+                 activation='gelu_tanh', tied=True, bias=True, qk_norm=False, dropout=0.0)
+    assert n_parameters(config_from_knobs(knobs, 50257)) == n
 
 
 def test_knobs_override_the_named_size_and_unknown_names_are_named():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import bins
+import clean
 import prepare_sample
 import prepare_text
 import prepare_wiki40b
@@ -472,7 +473,8 @@ def test_text_failure_keeps_the_older_data_set():
     assert not [n for n in os.listdir('data/a') if n.endswith('.tmp')]
     write_jsonl('x.jsonl', TEXTS[:50])
     prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', '--overwrite'])
-    assert sorted(os.listdir('data/a')) == ['meta.json', 'train.bin']   # val and test of the older set went with it
+    # val and test of the older set went with it
+    assert sorted(os.listdir('data/a')) == ['meta.json', 'train.bin', 'train.index.bin']
 
 
 def test_text_interrupt_leaves_nothing(monkeypatch):
@@ -514,3 +516,78 @@ def test_memory_does_not_grow_with_the_source(flags):
         assert out.returncode == 0, out.stderr
         peaks.append(int(out.stdout.split()[-1]) / 1e3)
     assert peaks[1] - peaks[0] < 30, peaks
+
+
+# --- index, words, joined rows, cleaning, very long sets ---
+
+@pytest.mark.parametrize('flags', [[], ['--tokenizer=tokenizer.json']])
+def test_the_index_finds_every_document(flags):
+    """uint64 positions of first tokens: what lies between two, without the separator, is the document; words add up."""
+    tok = byte_level_bpe('tokenizer.json', TEXTS)
+    texts = [*TEXTS[:20], '', 'x' * 200_000 + ' last words']
+    write_jsonl('x.jsonl', texts)
+    prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', *flags])
+    data, entry = bins.open_bin('data', 'a', 'train'), splits_of('data/a')['train']
+    starts = np.fromfile(os.path.join('data/a', entry['index']), '<u8')
+    ends = [*(starts[1:] - (1 if flags else 3)), data.n_tokens]
+    found = [data.tokens[a:b] for a, b in zip(starts, ends)]
+    found = [tok.decode(list(ids)) if flags else ids.tobytes().decode() for ids in found]
+    assert found == [text for text in texts if text] and entry['documents'] == len(found)       # an empty one is none
+    assert data.count_words() == sum(len(text.split()) for text in texts)
+
+
+def test_joined_rows_are_one_text():
+    """WikiText's rows are lines: with join_rows the split is one document, rows and empty rows as they were."""
+    for split, rows in dict(train=['= A =', '', 'one two', 'é'], val=['= B ='], test=['', 'three']).items():
+        write_jsonl(f'{split}.jsonl', rows)
+    prepare_text.main(['--name=a', '--source=train.jsonl', '--val_source=val.jsonl', '--test_source=test.jsonl',
+                       '--join_rows', r'--document_separator=\n'])
+    assert read('data/a/train.bin').decode() == '= A =\n\none two\né' and read('data/a/test.bin') == b'\nthree'
+    assert splits_of('data/a')['train']['documents'] == 1
+
+
+def test_cleaning_drops_lines_and_counts_them(capsys):
+    """Near-duplicates by length without punctuation and outer words, HTML tags; nothing else changes."""
+    docs = ['One two three four five six seven eight nine.\nx < 3 and y > 4 stay\n\nend',
+            'One two three four, FIVE six seven eight nine\nOne two three four five six seven eight ninety\n'
+            'see <a href="x">here</a>\r\n<br/>\nend\n\nlast',
+            'end\n<p>']
+    write_jsonl('x.jsonl', docs)
+    prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', '--clean_lines'])
+    assert read('data/a/train.bin').decode() == (
+        f'{docs[0]}\n\n\nOne two three four, FIVE six seven eight nine\n'
+        'One two three four five six seven eight ninety\n\nlast')
+    assert 'cleaned 11 lines: 2 near-duplicates and 3 with HTML tags dropped' in capsys.readouterr().out
+    meta = bins.read_meta('data', 'a')
+    assert meta['source']['cleaned'] == dict(lines=11, duplicate_lines=2, html_lines=3)
+    assert meta['splits']['train']['documents'] == 2                    # of the third nothing was left
+
+
+def test_cleaning_does_not_depend_on_chunks():
+    """Lines are put together across chunks, and a line without end does not fill the memory."""
+    text = b'alpha beta\ngamma\nalpha beta\n<b>\n' + b'y' * 3_000_000
+    whole = b''.join(clean.LineCleaner()([text]))
+    pieces = clean.LineCleaner()
+    assert whole == b'alpha beta\ngamma\n' + b'y' * 3_000_000
+    assert b''.join(pieces(text[:32][i:i + 7] for i in range(0, 32, 7))) == b'alpha beta\ngamma\n'
+    assert pieces.counts == dict(lines=4, duplicate_lines=1, html_lines=1)
+
+
+def test_more_than_two_billion_tokens():
+    """Positions beyond 2^31 are read, batched and counted; the file is sparse, so nothing is written."""
+    n = 2 ** 31 + 1000
+    os.makedirs('data/long')
+    with open('data/long/train.bin', 'wb') as f:
+        f.truncate(2 * n)
+        f.seek(2 * (n - 3))
+        f.write(np.array([7, 8, 9], '<u2').tobytes())
+    entry = dict(file='train.bin', tokens=n, text_bytes=n, documents=1, sha256='')
+    bins.write_meta('data/long', 'prepare_text.py', [], dict(train=entry), 'x', 'uint16', 100, 0, dict(name='gpt2'))
+    data = bins.open_bin('data', 'long', 'train')
+    x, y = data.gather([n - 4], 8)
+    assert y[0].tolist() == [0, 7, 8, 9, -1, -1, -1, -1] and data.n_scored([n - 4], 8) == 4
+    last = bins.n_blocks(n, 8) - 1
+    assert bins.batch_starts('sequential', 0, 0, last, 1, n, 8).tolist() == [last * 8]
+    for order in ('permuted', 'random'):
+        starts = np.concatenate([bins.batch_starts(order, 0, 0, i, 8, n, 8) for i in range(20)])
+        assert starts.max() > 2 ** 30 and 0 <= starts.min() and starts.max() < n

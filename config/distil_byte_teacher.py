@@ -1,0 +1,16 @@
+# python train.py config/distil_byte_teacher.py
+# about 7 minutes on 2 CPU cores (estimated; see LOG).
+# Needs: python prepare_text.py --name=wiki1mb --source=FILE --max_bytes=1000000 --val_source=OTHER --test_source=OTHER
+# The teacher of distil_byte_student.py: transformer800k on the leading 1 MB of a Wikipedia text.
+out_dir = 'out/distil_byte_teacher'
+dataset = 'wiki1mb'
+model = 'transformer800k'
+block_size = 256
+positions = 'rotary'            # learns far faster than the seed's sinusoids (LOG)
+epochs = 4.0
+batch_size = 8
+learning_rate = 2e-3
+schedule = 'cosine'
+warmup_iters = 40
+log_interval = 50
+final_train_blocks = 0
