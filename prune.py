@@ -160,7 +160,7 @@ def main(argv=None):
             for n, total, kept in sparse.sparsity_table(model)]
     whole = dict(tensor='all', weights=sum(r['weights'] for r in rows), nonzeros=sum(r['nonzeros'] for r in rows))
     rows.append(dict(whole, sparsity=1 - whole['nonzeros'] / whole['weights']))
-    print(runs.markdown(rows, ('tensor', 'weights', 'nonzeros', 'sparsity')))
+    print(runs.markdown(rows[-1:] if whole_layers else rows, ('tensor', 'weights', 'nonzeros', 'sparsity')))
     if by_loss:
         facts['loss_after'] = after = loss_of()
         print(f"validation loss after pruning: {after:.5f} nats ({after / facts['loss_before'] - 1:+.3%})")
