@@ -2,7 +2,8 @@
 
     python bench.py procedures              a step of rl1, drr, pmmp against vanilla (transformer800k, batch 8 x 256)
     python bench.py plain                   our step against a plain nanoGPT-style loop (transformer4.1m, T 256, 2048)
-    python bench.py step CONFIG.py          step time, tokens/s and peak memory of a training config
+    python bench.py step CONFIG.py          step time, tokens/s and peak memory of a config of train.py or distill.py
+    python bench.py distil                  a step of distillation against a student's step and a teacher's forward
     python bench.py codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
 
 Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
@@ -24,7 +25,7 @@ weight_bits = 0.0               # codec: bits per non-zero weight, as in compres
 json_path = 'bench.json'        # '' = print only
 # -----------------------------------------------------------------------------
 
-VERBS = dict(procedures=0, plain=0, step=1, codec=2)
+VERBS = dict(procedures=0, plain=0, step=1, distil=0, codec=2)
 
 
 def interleave(candidates, rounds, env, warmup=2):
@@ -87,6 +88,32 @@ def training_step(config, env, procedure, rows, seed=0):
         project(state)
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()), [float(n) for n in norms]
+    return step
+
+
+def distillation_step(config, teacher, knobs, env, rows, seed=0):
+    """Return a closure that takes one step as distill.py does, of a student of config, from a teacher (GPT)."""
+    import torch
+
+    import losses
+    from model import GPT, optimizer_groups
+    torch.manual_seed(seed)
+    student = GPT(config).to(env.device)
+    weights = {term: knobs[f'a_{term}'] for term in losses.TERMS}
+    module = losses.Distillation(student, teacher, weights, knobs['temperature'], knobs['chunk_tokens'])
+    module = torch.compile(module) if env.kind == 'cuda' else module
+    params = list(student.parameters())
+    optimizer = torch.optim.AdamW(optimizer_groups(params, 0.0), lr=1e-4, fused=True)
+    x = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device)
+
+    def step():
+        with env.autocast():
+            loss, terms = module(x[:, :-1], x[:, 1:])
+        (loss / (rows * config.block_size)).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return terms.tolist(), float(norm)
     return step
 
 
@@ -155,18 +182,52 @@ def bench_plain(env):
     return found
 
 
+def gpt2_config(**changes):
+    from model import SIZES, ModelConfig
+    return ModelConfig(**dict(SIZES['gpt2'], vocab_size=50257, positions='learned', activation='gelu_tanh', tied=True)
+                       | changes)
+
+
+def bench_distil(env, block_size=128, n_layer=6):
+    """GPT-2 small teaches its six-layer student, one row of reduced length, random weights."""
+    import torch
+
+    from model import GPT
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'distill.py')
+    config, knobs = gpt2_config(block_size=block_size, n_layer=n_layer), knobs_of(here)[0]
+    teacher = GPT(gpt2_config(block_size=block_size)).to(env.device).eval().requires_grad_(False)
+    alone, x = training_step(config, env, 'vanilla', 1), torch.randint(50257, (1, block_size), device=env.device)
+
+    def both():
+        with torch.no_grad(), env.autocast():
+            teacher(x)
+        return alone()
+    steps = {'student step + teacher forward': both, 'distillation': distillation_step(config, teacher, knobs, env, 1)}
+    return ratio_rows(interleave(steps, pairs, env), next(iter(steps)), block_size,
+                      f'GPT-2 small to {n_layer} layers, batch 1 x {block_size}')
+
+
 def bench_step(env, path):
-    """Time a training config's own step on one process, and the peak memory it takes."""
+    """Time a config's own step on one process, and the peak memory it takes; models of GPT-2 have its vocabulary."""
     import torch
 
     import runs
-    from model import config_from_knobs
-    defaults, _ = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'))
+    from model import GPT, SIZES, config_from_knobs
+    with open(path, encoding='utf-8') as f:
+        script = 'distill.py' if 'distill.py' in f.readline() else 'train.py'
+    defaults, _ = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), script))
     knobs = run_config_file(path, dict(defaults), defaults)
-    config = config_from_knobs(knobs, 256)
+    config = config_from_knobs(knobs, 50257 if knobs['model'].startswith('gpt2') else 256)
     rows = knobs['micro_batch_size'] or knobs['batch_size']
-    before = runs.rss_anon_bytes()
-    step, peak, times = training_step(config, env, knobs['procedure'], rows), 0, []
+    before, peak, times = runs.rss_anon_bytes(), 0, []
+    if script == 'train.py':
+        step = training_step(config, env, knobs['procedure'], rows)
+    else:
+        name = knobs['teacher']                         # a named size stands for its checkpoint: random weights
+        teacher = GPT(gpt2_config(**SIZES[name])).to(env.device) if name in SIZES else runs.load_model(
+            name, env.device)[0]
+        step = distillation_step(config, teacher.eval().requires_grad_(False), knobs, env, rows)
+        knobs['procedure'] = 'distillation'
     for _ in range(pairs + 2):
         started = time.perf_counter()
         step()
@@ -253,7 +314,7 @@ def main(argv=None):
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
     rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
-            'codec': bench_codec}[verb](env, *paths)
+            'distil': bench_distil, 'codec': bench_codec}[verb](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' medians of {pairs} rounds')
     print(runs.markdown(rows, tuple(rows[0])))

@@ -47,7 +47,7 @@ verify = False                  # check the SHA-256 of the data before training
 order = 'permuted'              # 'permuted' (each block once per epoch), 'sequential', 'random' (with replacement)
 train_only_on_leading_tokens = 0    # 0 = all
 # student, as in train.py; the named size is overridden where the numbers below are > 0
-model = 'transformer200k'
+model = 'transformer200k'       # transformer{200k,800k,3.2m,4.1m,308m}, gpt2{,-medium,-large,-xl}
 n_layer = 0
 n_head = 0
 n_embd = 0
@@ -88,6 +88,7 @@ wandb_project = 'nanomdl'
 TERMS = ('clm', 'ce', 'mse', 'cos', 'hidden')       # of losses.py, which is not imported yet
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros',
                'loss', *(f'loss_{term}' for term in TERMS[1:]))
+MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 FIXED = ('batch_size', 'seed', 'order', 'train_only_on_leading_tokens', 'temperature', 'layer_map', 'freeze_positions',
          'chunk_tokens', *(f'a_{term}' for term in TERMS))      # what a resumed run may not change
 
@@ -232,7 +233,8 @@ def main(argv=None):
                             n_steps=n_steps, data=data_facts, teacher_checkpoint=teacher_facts,
                             procedure='distillation',
                             parent=runs.parent_of(parent) if parent and env.main else {})
-    signals, started, last_saved, lap = runs.StopSignals(), time.time(), time.time(), time.time()
+    signals, started, skipped = runs.StopSignals(), time.time(), 0
+    last_saved = lap = started
     if env.main:
         log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
     if wandb_log and env.main:
@@ -300,8 +302,8 @@ def main(argv=None):
         stop, save_due, *means = env.sum(sums).tolist()
         total, loss_nats, *others = (m / n_scored for m in means)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in params]))
-        finite = math.isfinite(norm)
-        if not math.isfinite(total) or not finite and not scaler.is_enabled():
+        skipped = 0 if math.isfinite(norm) else skipped + 1             # the scaler skips such a step and scales down
+        if not math.isfinite(total) or skipped and not scaler.is_enabled() or skipped == MAX_SKIPPED:
             record.update(status='failed', failure=f'non-finite loss {total} or gradient norm {norm}')
             raise UserError(f"loss {total}, gradient norm {norm} at step {counters['step']}: stopped before the update;"
                             f' try a lower --learning_rate (now {learning_rate:g}), --grad_clip=1 or --dtype=float32')

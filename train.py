@@ -40,7 +40,7 @@ order = 'permuted'              # 'permuted' (each block once per epoch), 'seque
 online = False                  # first epoch sequential, its code length is the online description length
 train_only_on_leading_tokens = 0    # 0 = all
 # model; the named size is overridden where the numbers below are > 0
-model = 'transformer200k'       # transformer{200k,800k,3.2m,4.1m,308m}
+model = 'transformer200k'       # transformer{200k,800k,3.2m,4.1m,308m}, gpt2{,-medium,-large,-xl}
 n_layer = 0
 n_head = 0
 n_embd = 0

@@ -1,5 +1,6 @@
 """distill.py and losses.py: the terms against their formulas, train.py to the last bit, ranks, resume, bad input."""
 import csv
+import json
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conftest import TINY, torchrun, write_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import distill
 import gpt2
 import losses
@@ -280,3 +282,25 @@ def test_another_vocabulary(distil, tmp_path):
         data=dict(dataset='toy', sha256='', tokenizer='gpt2', start_id=10)))
     with pytest.raises(UserError, match="reads 'gpt2' tokens with a vocabulary of 99"):
         distil(f'--teacher={tmp_path / "v.pt"}')
+
+
+def test_bench_measures_a_distillation_config(tmp_path, teacher):
+    """bench.py step takes a config of distill.py too, with its teacher."""
+    config, out = tmp_path / 'c.py', tmp_path / 'bench.json'
+    config.write_text(f"# python distill.py c.py\nteacher = {teacher!r}\nn_layer = 1\nn_embd = 32\nn_head = 2\n"
+                      "block_size = 16\nbatch_size = 2\n")
+    assert bench.main(['step', str(config), '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
+    row = json.loads(out.read_text())['step']['rows'][0]
+    assert row['milliseconds'] > 0 and row['procedure'] == 'distillation'
+
+
+def test_compiled():
+    """What torch.compile makes of the loss, hooks and chunks included, has the same values and gradients."""
+    found, (x, y) = [], rows()
+    for compiled in (False, True):
+        student, taught = gpt(1), gpt(2, n_layer=4).requires_grad_(False)
+        module = losses.Distillation(student, taught, dict.fromkeys(losses.TERMS, 1.0), 2.0, 7, [(0, 1), (1, 3)])
+        loss, terms = (torch.compile(module, backend='aot_eager') if compiled else module)(x, y)
+        loss.backward()
+        found.append(torch.cat((terms, *(p.grad.flatten() for p in student.parameters()))))
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
