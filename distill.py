@@ -346,6 +346,7 @@ def main(argv=None):
             bar.close()
             note(f"paused step={step} reason={signals.received or 'max_runtime'}; continue with --init_from=resume")
             record.update(status='paused', step=step)
+            env.barrier()                                               # the first rank to go may end the others
             env.close()
             return runs.PAUSED
         if save_due:
@@ -353,8 +354,10 @@ def main(argv=None):
             last_saved = time.time()
     bar.close()
 
-    # the end: the checkpoint, then numbers from sums over the whole test split
-    save()
+    # the end: the checkpoint, then numbers from sums over the whole test split; a signal now leaves them to a resume
+    if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
+        save()
+    signals.then = lambda: (record.update(status='paused'), os._exit(runs.PAUSED))
     sizes = sparse.model_sizes(student.parameters())
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],

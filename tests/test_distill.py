@@ -214,6 +214,11 @@ def test_a_paused_run_ends_with_the_same_bytes(distil, tmp_path, monkeypatch):
     assert distil(*flags, '--init_from=resume') == 0
     a, b = (runs.load_checkpoint(str(tmp_path / name)) for name in ('whole', 'run'))
     assert same(a, b) and table(tmp_path / 'run') == table(tmp_path / 'whole')
+    record = tmp_path / 'run' / 'run.json'                  # a signal in the final scoring leaves that to a resume
+    record.write_text(json.dumps(dict(runs.read_run(tmp_path / 'run'), status='paused')))
+    before = (tmp_path / 'run' / 'ckpt.pt').read_bytes()
+    assert distil(*flags, '--init_from=resume') == 0 and runs.read_status(tmp_path / 'run') == 'done'
+    assert (tmp_path / 'run' / 'ckpt.pt').read_bytes() == before
 
 
 def test_two_ranks_see_the_same_batches(distil, tmp_path, toy, teacher):

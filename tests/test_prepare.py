@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import bins
@@ -536,14 +538,21 @@ def test_the_index_finds_every_document(flags):
     assert data.count_words() == sum(len(text.split()) for text in texts)
 
 
-def test_joined_rows_are_one_text():
+@pytest.mark.parametrize('hub', [False, True])
+def test_joined_rows_are_one_text(hub):
     """WikiText's rows are lines: with join_rows the split is one document, rows and empty rows as they were."""
-    for split, rows in dict(train=['= A =', '', 'one two', 'é'], val=['= B ='], test=['', 'three']).items():
-        write_jsonl(f'{split}.jsonl', rows)
-    prepare_text.main(['--name=a', '--source=train.jsonl', '--val_source=val.jsonl', '--test_source=test.jsonl',
-                       '--join_rows', r'--document_separator=\n'])
+    splits = dict(train=['= A =', '', 'one two', 'é'], validation=['= B ='], test=['', 'three'])
+    for split, rows in splits.items():
+        os.makedirs('wiki', exist_ok=True)
+        if hub:
+            pq.write_table(pa.table(dict(text=rows)), f'wiki/{split}.parquet')
+        else:
+            write_jsonl(f'wiki/{split}.jsonl', rows)
+    where = ['--source=wiki'] if hub else ['--source=wiki/train.jsonl', '--val_source=wiki/validation.jsonl',
+                                           '--test_source=wiki/test.jsonl']
+    prepare_text.main(['--name=a', *where, '--join_rows', r'--document_separator=\n'])
     assert read('data/a/train.bin').decode() == '= A =\n\none two\né' and read('data/a/test.bin') == b'\nthree'
-    assert splits_of('data/a')['train']['documents'] == 1
+    assert read('data/a/val.bin') == b'= B =' and splits_of('data/a')['train']['documents'] == 1
 
 
 def test_cleaning_drops_lines_and_counts_them(capsys):
