@@ -8,6 +8,7 @@ from kill_test import N_STEPS, differences, kill_test
 import runs
 
 
+@pytest.mark.timeout(400)
 def test_four_kills_leave_the_result_as_it_was(tmp_path, capsys):
     """kill -9 at any moment, then --init_from=resume: same tensors to the bit, no gap and no repeat in the log."""
     problems = kill_test(str(tmp_path), 4, 1, seed=1)

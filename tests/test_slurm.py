@@ -248,6 +248,7 @@ def last_step(folder):
         return 0
 
 
+@pytest.mark.timeout(400)
 def test_two_real_ranks_die_pause_and_finish(cluster, toy, tmp_path):
     """One run, four launches: kill -9 of a rank, SIGTERM to torchrun, SIGUSR1 to the batch script, then the end.
 
@@ -275,6 +276,7 @@ def test_two_real_ranks_die_pause_and_finish(cluster, toy, tmp_path):
     killed = time.time()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.time() - killed < 45 and not ranks_of(folder), err
+    assert 'lost contact with another rank' in err
     assert runs.main(['status', str(folder)]) == 1
 
     process, step = launch(False)
