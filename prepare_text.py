@@ -10,17 +10,13 @@ Validation and test: val_source and test_source; else the splits the hub set bri
 by the hash of their content, so that a text that occurs twice never stands on both sides. A single document gives up
 its tail, or nothing where val_source is given. Memory is constant, but for a hash per validation and test document.
 """
-import codecs
 import functools
 import hashlib
 import itertools
 import math
 import os
 import re
-import types
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from tqdm import tqdm
 
 import clean
@@ -34,10 +30,10 @@ from bins import (
     local_files,
     may_write,
     records_of,
-    sha256_file,
     text_bytes_of,
 )
 from configurator import UserError, at_least, configure, require, run
+from tokens import load_tokenizer, pieces_of, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME
 source = ''                     # file, glob (quoted; ** descends), hub id, or local folder in hub layout
@@ -61,10 +57,7 @@ overwrite = False               # replace a finished data set of this name that 
 SCRIPT = 'prepare_text.py'
 SPLIT_NAMES = dict(train='train', val='val', valid='val', validation='val', dev='val', test='test')
 FEW = 1000                      # documents up to which a cut is exact by rank; beyond, the fraction of a hash's range
-PIECE = 1 << 16                 # characters tokenised at once; a longer document is cut where the result stays the same
 BATCH = 1 << 20                 # characters handed to the tokenizer's threads together
-CUT = re.compile('[A-Za-z](?= )')
-PROBE = "It's 1984,\n\n  naïve  \t日本 🙂's\r\n end 12345 "
 
 
 # --- documents: (label, read), where read() yields the document's bytes in chunks, as often as it is called ---
@@ -181,84 +174,6 @@ def hash_of(read):
     return int.from_bytes(digest.digest(), 'big')
 
 
-# --- tokenizers: encode(list of str) → list of id arrays; byte_lengths[id] sums to the bytes of the text ---
-
-def load_tokenizer():
-    """Return the tokenizer of the knob, None for bytes; on PROBE it must be lossless and cut where pieces_of cuts."""
-    if tokenizer == 'byte':
-        return None
-    tok = gpt2_tokenizer() if tokenizer == 'gpt2' else json_tokenizer(tokenizer)
-    whole, *halves = tok.encode([PROBE, PROBE[:-7], PROBE[-7:]])
-    lossless = tok.decode(whole) == PROBE and sum(tok.byte_lengths[i] for i in whole) == len(PROBE.encode())
-    additive = np.array_equal(whole, np.concatenate(halves))
-    require((lossless, f'tokenizer {tokenizer!r} does not give back the bytes of its text, expected a byte-level BPE'
-             ' without normaliser or prefix space, such as gpt2'),
-            (additive or not lossless, f'tokenizer {tokenizer!r} joins a word and the space after it,'
-             ' expected one that splits there, such as gpt2'))
-    return tok
-
-
-def gpt2_tokenizer():
-    import gpt2
-    enc = gpt2.encoding()
-    pool = ThreadPoolExecutor(n_threads())
-    pieces = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)]
-    digest = hashlib.sha256(b''.join(len(p).to_bytes(2, 'little') + p for p in pieces)).hexdigest()
-    return types.SimpleNamespace(
-        name='gpt2', sha256=digest, file='', end=enc.eot_token, decode=enc.decode,
-        byte_lengths=np.array([0 if i == enc.eot_token else len(p) for i, p in enumerate(pieces)]),
-        encode=lambda texts: list(pool.map(lambda t: np.array(enc.encode_ordinary(t), np.uint32), texts)))
-
-
-def json_tokenizer(path):
-    file = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
-    require((os.path.isfile(file), f'tokenizer = {path!r}, expected byte, gpt2, or the path of a tokenizer.json'))
-    import tokenizers
-    try:
-        tok = tokenizers.Tokenizer.from_file(file)
-    except Exception as e:                                              # the library raises Exception itself
-        raise UserError(f'{file} is not a tokenizer.json of the tokenizers library ({e})') from None
-    tok.encode_special_tokens = True                                    # "<|endoftext|>" in a text is text
-    end = tok.token_to_id(end_of_text)
-    require((end is not None, f'{file} has no token {end_of_text!r} to stand between documents;'
-             ' name its own with --end_of_text'))
-    special = {i for i, token in tok.get_added_tokens_decoder().items() if token.special}
-    n_ids = 1 + max(tok.get_vocab().values())
-    # a byte-level BPE spells a piece with one character per byte
-    lengths = np.array([0 if i in special else len(tok.id_to_token(i) or '') for i in range(n_ids)])
-    return types.SimpleNamespace(
-        name=os.path.basename(os.path.abspath(path)), sha256=sha256_file(file), file=file,
-        end=end, byte_lengths=lengths,
-        decode=lambda ids: tok.decode(list(ids), skip_special_tokens=False),
-        encode=lambda texts: [np.array(e.ids) for e in tok.encode_batch_fast(texts, add_special_tokens=False)])
-
-
-def n_threads():
-    return num_proc or os.cpu_count() or 1
-
-
-def pieces_of(chunks, label):
-    """Decode a document and yield it in pieces of about PIECE characters, whose tokens join to those of the whole.
-
-    Cut before a space that follows a letter: byte-level BPE's patterns end a word there whatever follows (checked on
-    PROBE). Text without such a place for 16 PIECEs is cut anywhere: still lossless, at most a token longer.
-    """
-    decoder, text, position = codecs.getincrementaldecoder('utf-8')(), '', 0
-    try:
-        for chunk in itertools.chain(chunks, (b'',)):
-            text, start, position = text + decoder.decode(chunk, final=not chunk), 0, position + len(chunk)
-            while (match := CUT.search(text, start + PIECE)) or len(text) - start > 16 * PIECE:
-                cut = match.end() if match else start + 16 * PIECE
-                yield text[start:cut]
-                start = cut
-            text = text[start:]
-    except UnicodeDecodeError as e:
-        raise UserError(f'{label} is not UTF-8 (byte 0x{e.object[e.start]:02x} near byte {position + e.start:,}),'
-                        f' expected UTF-8 for tokenizer={tokenizer!r}; convert it, or use --tokenizer=byte') from None
-    if text:
-        yield text
-
-
 # --- splits being written ---
 
 def separator_bytes():
@@ -271,14 +186,14 @@ class Splits:
     def __init__(self, folder, tok):
         self.folder, self.tok, self.writers, self.waiting, self.n_waiting = folder, tok, {}, [], 0
         self.existed, self.separator = os.path.isdir(folder), separator_bytes()
-        self.dtype = 'uint8' if tok is None else 'uint16' if len(tok.byte_lengths) <= 1 << 16 else 'uint32'
+        self.meta = tokenizer_meta(tok)
         self.bar = tqdm(unit='B', unit_scale=True, desc=name, disable=None)
         self.cleaner = clean.LineCleaner() if clean_lines else None
 
     def add(self, split, label, chunks):
         """Append one document to a split."""
         if split not in self.writers:
-            self.writers[split] = BinWriter(self.folder, split, self.dtype)
+            self.writers[split] = BinWriter(self.folder, split, self.meta['dtype'])
         writer = self.writers[split]
         chunks = filter(None, self.cleaner(chunks) if self.cleaner else chunks)
         if self.tok is None:
@@ -310,16 +225,6 @@ class Splits:
     def finish_text(self):
         self.flush()
         self.bar.close()
-
-    def meta(self):
-        """Return what meta.json says of the tokenizer, and the files that stand beside it."""
-        if self.tok is None:
-            return {}
-        tok, extras = self.tok, {'token_bytes.bin': self.tok.byte_lengths.astype('<u2').tobytes()}      # one per id
-        if tok.file:
-            extras['tokenizer.json'] = b''.join(chunks_of(tok.file))
-        return dict(dtype=self.dtype, vocab_size=len(tok.byte_lengths), start_id=tok.end, extras=extras, tokenizer=dict(
-            name=tok.name, sha256=tok.sha256, file='tokenizer.json' if tok.file else '', token_bytes='token_bytes.bin'))
 
     def abort(self):
         """Leave nothing behind."""
@@ -362,7 +267,7 @@ def main(argv=None):
              f'val_fraction = {val_fraction}, test_fraction = {test_fraction}, expected both >= 0 and a sum below 1'))
     folder = os.path.join(data_dir, name)
     recorded_argv = may_write(folder, SCRIPT, argv, overwrite)
-    tok, given, how = load_tokenizer(), open_source(source), {}
+    tok, given, how = load_tokenizer(tokenizer, end_of_text, num_proc), open_source(source), {}
     require(('train' in given, f'{source!r} has no split train, only {", ".join(given)}; expected one to train on'))
     for split, where in (('val', val_source), ('test', test_source)):
         if where:
@@ -421,7 +326,7 @@ def main(argv=None):
                   f' {how_many["html_lines"]:,} with HTML tags dropped')
         origin = dict(source=source, config=hub_config, sha256=digest.hexdigest(), splits=how,
                       cleaned=out.cleaner.counts if out.cleaner else {}, repeated_documents=n_repeated)
-        finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta())
+        finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta)
     except BaseException:
         out.abort()
         raise

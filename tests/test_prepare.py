@@ -17,6 +17,7 @@ import clean
 import prepare_sample
 import prepare_text
 import prepare_wiki40b
+import tokens
 from configurator import UserError
 
 ROOT = os.path.dirname(os.path.abspath(bins.__file__))
@@ -394,7 +395,7 @@ def test_text_bpe_tokens_stand_for_the_original_bytes(monkeypatch):
     tok = byte_level_bpe('tokenizer.json', TEXTS)
     texts = [t + ' <|endoftext|> 日本\r\n' for t in TEXTS[:60]]         # its spelling in a text is text
     write_jsonl('x.jsonl', texts)
-    monkeypatch.setattr(prepare_text, 'PIECE', 50)                      # cut often; the tokens may not change
+    monkeypatch.setattr(tokens, 'PIECE', 50)                      # cut often; the tokens may not change
     monkeypatch.setattr(prepare_text, 'BATCH', 500)
     prepare_text.main(['--name=a', '--source=x.jsonl', '--tokenizer=tokenizer.json', '--val_fraction=0'])
     ids, meta = bins.open_bin('data', 'a', 'train', verify=True).tokens, bins.read_meta('data', 'a')
@@ -480,7 +481,7 @@ def test_text_failure_keeps_the_older_data_set():
 
 
 def test_text_interrupt_leaves_nothing(monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.setattr(prepare_text, 'finish', interrupted)
     with pytest.raises(KeyboardInterrupt):
