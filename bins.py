@@ -20,7 +20,7 @@ import zlib
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, require
 
 FORMAT = 'nanomdl-bins-1'
 DTYPES = {'uint8': 1, 'uint16': 2, 'uint32': 4}
@@ -458,19 +458,24 @@ def hub_splits(source, config=''):
                         f' {reason}); check the path, the id, --hub_config and the network') from None
 
 
-def hub_texts(dataset, field='text'):
-    """Yield the texts of one streaming split, in order, as the column holds them (str, bytes or None)."""
-    if dataset.column_names and field in dataset.column_names:
-        dataset = dataset.select_columns([field])                       # parquet then reads no other column
+def hub_rows(dataset, columns, cure='name one with --text_field'):
+    """Yield tuples of the named columns of one streaming split, in order, as they hold them."""
+    if dataset.column_names and not set(columns) - set(dataset.column_names):
+        dataset = dataset.select_columns(columns)                       # parquet then reads no other column
     import datasets
     try:
         for table in dataset.with_format('arrow').iter(batch_size=256):
-            if field not in table.column_names:
-                raise UserError(f'the data set has no column {field!r}, it has {", ".join(table.column_names)};'
-                                ' name one with --text_field')
-            yield from table[field].to_pylist()
+            missing = [c for c in columns if c not in table.column_names]
+            require((not missing, f'the data set has no column {str(missing)[1:-1]}, it has'
+                     f' {", ".join(table.column_names)}; {cure}'))
+            yield from zip(*(table[c].to_pylist() for c in columns))
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         raise UserError(f'reading the data set failed ({type(e).__name__}: {" ".join(str(e).split())[:300]});'
                         ' check the network and run the same command again') from None
+
+
+def hub_texts(dataset, field='text'):
+    """Yield the texts of one streaming split, in order, as the column holds them (str, bytes or None)."""
+    return (text for text, in hub_rows(dataset, [field]))
