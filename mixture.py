@@ -1,0 +1,160 @@
+"""Mixtures of data sets: 'pubmed:0.5,uspto:0.5' as one thing with the surface of bins.Bin, and no state to save.
+
+Rows come in super-blocks of 1,000 with a fixed number of rows per source (largest remainders of the weights), ordered
+by a permutation keyed (seed, super-block). So the source of a row, and which block of that source it is, follow from
+the row's number alone: shares are exact after every 1,000 rows, the row at which a source runs out is known before the
+first step, and neither resuming nor the number of processes changes what a batch holds. Rows are whole blocks: equal
+steps are equal tokens, whatever the mix.
+"""
+import functools
+import hashlib
+
+import numpy as np
+
+from bins import key_of, open_bin, permute, read_meta
+from configurator import UserError, require
+
+SUPER_BLOCK = 1000              # rows
+
+
+def parse_mix(text):
+    """Return {data set: share of the rows} of 'a:3,b:1' (no number means 1); shares sum to 1."""
+    weights = {}
+    for part in filter(None, (p.strip() for p in text.split(','))):
+        name, colon, number = part.partition(':')
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            raise UserError(f'data_mix = {text!r}: {number!r} is not a weight, expected pubmed:0.5,uspto:0.5') from None
+        require((0 <= weight < float('inf'), f'data_mix = {text!r}: the weight of {name} is {weight:g}, expected >= 0'),
+                (name not in weights, f'data_mix = {text!r} names {name} twice'))
+        weights[name] = weight
+    total = sum(weights.values())
+    require((total > 0, f'data_mix = {text!r}: all weights are 0, expected one above, as in pubmed:0.5,uspto:0.5'))
+    return {name: weight / total for name, weight in weights.items() if weight}
+
+
+def row_counts(shares):
+    """Divide a super-block among shares (S,) by largest remainders; ties go to the earlier one."""
+    exact = np.asarray(shares) * SUPER_BLOCK
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - exact, kind='stable')[:SUPER_BLOCK - counts.sum()]] += 1
+    return tuple(counts.tolist())
+
+
+@functools.lru_cache(maxsize=8)
+def super_block(counts, seed, number):
+    """Return source and rank among the rows of that source, two arrays, of the 1,000 rows of a super-block."""
+    slot = permute(np.arange(SUPER_BLOCK), SUPER_BLOCK, key_of(seed, 'mixture', number))
+    source, rank = np.searchsorted(np.cumsum(counts), slot, 'right'), np.empty(SUPER_BLOCK, np.int64)
+    for k, n in enumerate(counts):
+        rank[source == k] = np.arange(n)
+    return source, rank
+
+
+def draw(counts, rows, seed):
+    """Return source and index within the source, two arrays, of row numbers counted from the start of the run."""
+    block, slot = np.divmod(np.asarray(rows, np.int64), SUPER_BLOCK)
+    source, index = np.empty_like(block), np.empty_like(block)
+    for b in np.unique(block).tolist():
+        of_block, rank = super_block(counts, seed, b)
+        mine = block == b
+        source[mine] = of_block[slot[mine]]
+        index[mine] = b * np.array(counts)[source[mine]] + rank[slot[mine]]
+    return source, index
+
+
+def exhausted_at(counts, blocks, seed):
+    """Return the number of the first row for which some source has no block left that was not drawn before."""
+    rows = []
+    for k, (n, count) in enumerate(zip(blocks, counts)):
+        source, rank = super_block(counts, seed, n // count)
+        rows.append(n // count * SUPER_BLOCK + int(np.flatnonzero((source == k) & (rank == n % count))[0]))
+    return min(rows)
+
+
+class Mixture:
+    """Blocks of several sources (bins.Bin) drawn by shares; positions are those of the sources laid end to end."""
+
+    def __init__(self, sources, shares, block_size, stop_when='never'):
+        self.sources, self.shares, self.block_size, self.stop_when = sources, shares, block_size, stop_when
+        self.counts = row_counts(shares)
+        self.blocks = tuple(s.n_tokens // block_size for s in sources)                  # whole ones
+        self.offsets = np.cumsum([0, *(n * block_size for n in self.blocks)])
+        self.n_tokens = int(self.offsets[-1])
+        first = sources[0]
+        self.vocab_size, self.start_id, self.tokenizer, self.split = (first.vocab_size, first.start_id, first.tokenizer,
+                                                                      first.split)
+        self.text_bytes = sum(s.head(n * block_size).text_bytes for s, n in zip(sources, self.blocks) if n)
+        self.name = ','.join(s.name for s in sources)
+        identity = [(s.sha256, n) for s, n in zip(sources, self.counts)]
+        self.sha256 = hashlib.sha256(repr(identity).encode()).hexdigest()
+        short = [s.name for s, n in zip(sources, self.blocks) if not n]
+        require((not short, f'{", ".join(short)} ({self.split}) hold less than one block of {block_size} tokens;'
+                 ' give them more text or use a smaller --block_size'),
+                (min(self.counts) > 0, f'a share of {min(shares):.2g} is less than one row in {SUPER_BLOCK:,};'
+                 ' give it a larger weight'))
+
+    def head(self, n_tokens):
+        """Return the mixture of the leading tokens of each source, n_tokens in all (0: everything), by their shares."""
+        if n_tokens <= 0:
+            return self
+        parts = [round(n_tokens * share) for share in self.shares]
+        short = [f'{s.name} has {s.n_tokens:,} of {n:,}' for s, n in zip(self.sources, parts) if s.n_tokens < n]
+        require((not short, f'{n_tokens:,} tokens of the mixture asked for, but {"; ".join(short)}'))
+        return Mixture([s.head(n) for s, n in zip(self.sources, parts)], self.shares, self.block_size, self.stop_when)
+
+    def rows_by_source(self, n_rows, seed):
+        """Count how many of the first n_rows rows of a run come from each source; {name: rows}."""
+        whole = n_rows // SUPER_BLOCK
+        rest, _ = draw(self.counts, np.arange(whole * SUPER_BLOCK, n_rows), seed)
+        rows = whole * np.array(self.counts) + np.bincount(rest, minlength=len(self.sources))
+        return {s.name: int(n) for s, n in zip(self.sources, rows)}
+
+    def n_batches(self, batch_size, block_size, seed):
+        """Batches of an epoch: as many as all sources have blocks, or until the first source is exhausted."""
+        n_rows = exhausted_at(self.counts, self.blocks, seed) if self.stop_when == 'first_exhausted' \
+            else sum(self.blocks)
+        require((n_rows >= batch_size, f'the mixture has {n_rows:,} rows in an epoch, fewer than batch_size ='
+                 f' {batch_size}; give it more text or a smaller batch'))
+        return n_rows // batch_size
+
+    def starts(self, order, seed, epoch, batch, batch_size, block_size):
+        """Return the (batch_size,) positions of a global batch; a source that is through begins anew, reshuffled."""
+        first = (epoch * self.n_batches(batch_size, block_size, seed) + batch) * batch_size
+        source, index = draw(self.counts, np.arange(first, first + batch_size), seed)
+        passes, index = np.divmod(index, np.array(self.blocks)[source])
+        if order == 'permuted':
+            for k, p in set(zip(source.tolist(), passes.tolist())):
+                mine = (source == k) & (passes == p)
+                index[mine] = permute(index[mine], self.blocks[k], key_of(seed, self.sources[k].name, p))
+        return self.offsets[source] + index * self.block_size
+
+    def gather(self, starts, length):
+        """Return inputs and targets as bins.Bin.gather does; no row reaches over the end of its source."""
+        x, y = np.full((2, len(starts), length), -1, np.int64)
+        starts = np.asarray(starts)
+        source = np.searchsorted(self.offsets, starts, 'right') - 1
+        for k in np.unique(source[starts >= 0]):
+            mine = source == k
+            x[mine], y[mine] = self.sources[k].gather(starts[mine] - self.offsets[k], length)
+        x[x < 0] = self.start_id
+        return x, y
+
+    def n_scored(self, starts, length):
+        return int((np.asarray(starts) >= 0).sum()) * length
+
+
+def open_mixture(data_dir, mix, split, block_size, stop_when='never', verify=False):
+    """Open one split of all sources of a mix as a Mixture; they must share one tokenizer and all have the split."""
+    shares = parse_mix(mix)
+    metas = {name: read_meta(data_dir, name) for name in shares}
+    kinds = {name: (m['tokenizer']['name'], m['tokenizer']['sha256'], m['vocab_size']) for name, m in metas.items()}
+    without = [name for name, m in metas.items() if not m['splits'].get(split, {}).get('tokens')]
+    require((len(set(kinds.values())) == 1, f'data_mix = {mix!r} mixes tokenizers ('
+             + ', '.join(f'{name}: {kind[0]}, vocabulary {kind[2]}' for name, kind in kinds.items())
+             + '); prepare all sets with one'),
+            (not without, f'{", ".join(without)} of data_mix = {mix!r} has no {split} text;'
+             ' prepare it with a larger --val_fraction'))
+    sources = [open_bin(data_dir, name, split, verify) for name in shares]
+    return Mixture(sources, list(shares.values()), block_size, stop_when)
