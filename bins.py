@@ -185,14 +185,6 @@ class Bin:
         """Count the words of the text: of bytes here and now, of ids as it was counted when they were made, or 0."""
         return words_in(self.tokens) if self.tokenizer == 'byte' else self.words
 
-    def n_batches(self, batch_size, block_size, seed=0):
-        """Batches of an epoch; the last may hold padding rows."""
-        return n_blocks(n_blocks(self.n_tokens, block_size), batch_size)
-
-    def starts(self, order, seed, epoch, batch, batch_size, block_size):
-        """Return the (batch_size,) start positions of one global batch, as batch_starts says."""
-        return batch_starts(order, seed, epoch, batch, batch_size, self.n_tokens, block_size)
-
     def gather(self, starts, length):
         """Return inputs and targets, two (B, length) int64 arrays; row i scores tokens [starts[i], starts[i] + length).
 

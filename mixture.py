@@ -11,7 +11,7 @@ import hashlib
 
 import numpy as np
 
-from bins import key_of, open_bin, permute, read_meta
+from bins import key_of, open_bin, permute, read_meta, split_names
 from configurator import UserError, require
 
 SUPER_BLOCK = 1000              # rows
@@ -82,6 +82,7 @@ class Mixture:
         self.blocks = tuple(s.n_tokens // block_size for s in sources)                  # whole ones
         self.offsets = np.cumsum([0, *(n * block_size for n in self.blocks)])
         self.n_tokens = int(self.offsets[-1])
+        self.n_balanced = int(min(n * block_size / share for n, share in zip(self.blocks, shares)))
         first = sources[0]
         self.vocab_size, self.start_id, self.tokenizer, self.split = (first.vocab_size, first.start_id, first.tokenizer,
                                                                       first.split)
@@ -96,12 +97,14 @@ class Mixture:
                  ' give it a larger weight'))
 
     def head(self, n_tokens):
-        """Return the mixture of the leading tokens of each source, n_tokens in all (0: everything), by their shares."""
+        """Return the mixture of the leading blocks of each source, about n_tokens in all (0: everything), by shares.
+
+        At most n_balanced: what the source that is the shortest for its share allows.
+        """
         if n_tokens <= 0:
             return self
-        parts = [round(n_tokens * share) for share in self.shares]
-        short = [f'{s.name} has {s.n_tokens:,} of {n:,}' for s, n in zip(self.sources, parts) if s.n_tokens < n]
-        require((not short, f'{n_tokens:,} tokens of the mixture asked for, but {"; ".join(short)}'))
+        n_blocks = min(n_tokens, self.n_balanced) / self.block_size
+        parts = [max(round(n_blocks * share), 1) * self.block_size for share in self.shares]
         return Mixture([s.head(n) for s, n in zip(self.sources, parts)], self.shares, self.block_size, self.stop_when)
 
     def rows_by_source(self, n_rows, seed):
@@ -111,7 +114,7 @@ class Mixture:
         rows = whole * np.array(self.counts) + np.bincount(rest, minlength=len(self.sources))
         return {s.name: int(n) for s, n in zip(self.sources, rows)}
 
-    def n_batches(self, batch_size, block_size, seed):
+    def n_batches(self, batch_size, seed):
         """Batches of an epoch: as many as all sources have blocks, or until the first source is exhausted."""
         n_rows = exhausted_at(self.counts, self.blocks, seed) if self.stop_when == 'first_exhausted' \
             else sum(self.blocks)
@@ -119,9 +122,9 @@ class Mixture:
                  f' {batch_size}; give it more text or a smaller batch'))
         return n_rows // batch_size
 
-    def starts(self, order, seed, epoch, batch, batch_size, block_size):
-        """Return the (batch_size,) positions of a global batch; a source that is through begins anew, reshuffled."""
-        first = (epoch * self.n_batches(batch_size, block_size, seed) + batch) * batch_size
+    def starts(self, order, seed, batch, batch_size):
+        """Return the (batch_size,) positions of the run's batch; a source that is through begins anew, reshuffled."""
+        first = batch * batch_size
         source, index = draw(self.counts, np.arange(first, first + batch_size), seed)
         passes, index = np.divmod(index, np.array(self.blocks)[source])
         if order == 'permuted':
@@ -143,6 +146,19 @@ class Mixture:
 
     def n_scored(self, starts, length):
         return int((np.asarray(starts) >= 0).sum()) * length
+
+
+def open_data(data_dir, dataset, data_mix, split, block_size, stop_when='never', verify=False):
+    """Open one split of a data set, or of a mix where one is given."""
+    if data_mix:
+        return open_mixture(data_dir, data_mix, split, block_size, stop_when, verify)
+    return open_bin(data_dir, dataset, split, verify)
+
+
+def common_splits(data_dir, dataset, data_mix):
+    """Return the splits that a data set, or every source of a mix, has."""
+    names = list(parse_mix(data_mix)) if data_mix else [dataset]
+    return [s for s in split_names(data_dir, names[0]) if all(s in split_names(data_dir, n) for n in names[1:])]
 
 
 def open_mixture(data_dir, mix, split, block_size, stop_when='never', verify=False):

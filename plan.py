@@ -55,6 +55,12 @@ def plan_phases(n_batches, k):
     return phases
 
 
+def cut_phases(phases, n_steps):
+    """Return the phases of the leading n_steps steps of a run."""
+    cut = [dict(p, n_steps=min(p['n_steps'], n_steps - p['first_step'])) for p in phases]
+    return [p for p in cut if p['n_steps'] > 0]
+
+
 def prunes_after(phase, step, k):
     """Say whether a pruning follows the given number of completed steps of the main phase."""
     if phase['name'] != 'main' or not k.do_pruning:
@@ -97,7 +103,7 @@ def memory_by_part(model_config, k, n_ranks, wide):
                 activations=max(tokens * ((kept + 14) * c * wide + head), scoring, temporary))
 
 
-def print_plan(config, k, model_config, n_ranks, train_tokens):
+def print_plan(config, k, model_config, n_ranks, train_tokens, phases=None):
     """Print resolved knobs, then parameters, FLOPs, steps, tokens, estimated memory; train_tokens 0 = unknown."""
     from bins import n_blocks
     from model import flops_per_token, n_parameters
@@ -108,7 +114,7 @@ def print_plan(config, k, model_config, n_ranks, train_tokens):
           f'tokens per step       {k.batch_size * t:,}')
     tokens = min(train_tokens, k.train_only_on_leading_tokens or train_tokens)
     if tokens:
-        phases = plan_phases(n_blocks(n_blocks(tokens, t), k.batch_size), k)
+        phases = phases or plan_phases(n_blocks(n_blocks(tokens, t), k.batch_size), k)
         seen = sum(p['n_steps'] for p in phases) * k.batch_size * t
         for p in phases:
             prunings = sum(prunes_after(p, step, k) for step in range(1, p['n_steps'] + 1))
@@ -122,7 +128,7 @@ def print_plan(config, k, model_config, n_ranks, train_tokens):
             print(f'hint                  alpha = 0; 32·ln2/N = {32 * LN2 / tokens:.3g} makes the penalty the size of'
                   ' 32-bit weights')
     else:
-        print(f'steps, tokens         unknown: run prepare_… for data set {k.dataset!r}')
+        print(f'steps, tokens         unknown: run prepare_… for data set {getattr(k, "data_mix", "") or k.dataset!r}')
     parts = memory_by_part(model_config, k, n_ranks, 2 if k.dtype in ('bfloat16', 'float16') else 4)
     for name, size in dict(parts, total=sum(parts.values())).items():
         print(f'memory {name:<14} {size / 2**20:,.1f} MiB per rank (estimated)')

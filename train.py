@@ -15,7 +15,17 @@ from functools import partial
 from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, one_of, require, run
-from plan import LN2, batch_rules, optimizer_rules, plan_phases, print_plan, prunes_after, rate_at, shard_rules
+from plan import (
+    LN2,
+    batch_rules,
+    cut_phases,
+    optimizer_rules,
+    plan_phases,
+    print_plan,
+    prunes_after,
+    rate_at,
+    shard_rules,
+)
 
 # -----------------------------------------------------------------------------
 # run
@@ -35,6 +45,8 @@ tokens_per_second = 0.0         # with --check: also print hours
 # data
 data_dir = 'data'
 dataset = 'sample'
+data_mix = ''                   # in place of dataset: 'pubmed:0.5,uspto:0.5', shares of the rows; '' = off
+stop_when = 'never'             # data_mix: 'never' (sources begin anew), 'first_exhausted' (no block is drawn twice)
 verify = False                  # check the SHA-256 of the data before training
 order = 'permuted'              # 'permuted' (each block once per epoch), 'sequential', 'random' (with replacement)
 online = False                  # first epoch sequential, its code length is the online description length
@@ -116,6 +128,9 @@ def check_knobs(k, n_ranks):
             one_of('order', order, ('permuted', 'sequential', 'random')),
             one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
             (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
+            one_of('stop_when', stop_when, ('never', 'first_exhausted')),
+            (not data_mix or order != 'random' and not online,
+             f"data_mix = {data_mix!r} takes order = 'permuted' or 'sequential' and no --online"),
             *batch_rules(k, n_ranks), *optimizer_rules(k), *shard_rules(k, check or 'RANK' in os.environ),
             *(at_least(name, getattr(k, name), 0) for name in from_zero),
             *(at_least(name, getattr(k, name), 1) for name in from_one),
@@ -136,32 +151,45 @@ def main(argv=None):
     import runs
     import score
     import sparse
-    from bins import batch_starts, key_of, n_blocks, open_bin, read_meta, split_names
+    from bins import batch_starts, key_of, n_blocks
+    from mixture import common_splits, open_data
     from model import GPT, config_from_knobs, model_args, optimizer_groups
+    T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
+
+    def open_split(split):
+        return open_data(data_dir, dataset, data_mix, split, T, stop_when, verify)
+
+    def plan_of(data):
+        """Phases of a run on some training data; a mixture may end them where its first source is exhausted."""
+        if not data_mix:
+            return plan_phases(n_blocks(n_blocks(data.n_tokens, T), batch_size), k)
+        n_batches = data.n_batches(batch_size, seed)
+        phases = plan_phases(n_batches, k)
+        return phases if stop_when == 'never' else cut_phases(phases, n_batches * steps_per_chunk)
     if check:
         try:
-            meta = read_meta(data_dir, dataset)
+            train_data = open_split('train').head(train_only_on_leading_tokens)
         except UserError:
-            meta = dict(vocab_size=256, splits=dict(train=dict(tokens=0)))
-        return print_plan(config, k, config_from_knobs(config, meta['vocab_size']), n_ranks,
-                          meta['splits']['train']['tokens'])
+            return print_plan(config, k, config_from_knobs(config, 256), n_ranks, 0)
+        return print_plan(config, k, config_from_knobs(config, train_data.vocab_size), n_ranks, train_data.n_tokens,
+                          plan_of(train_data))
 
     # data, model and what they start from
     env = runs.Env(device, dtype)
-    train_data = open_bin(data_dir, dataset, 'train', verify)
-    require((train_only_on_leading_tokens <= train_data.n_tokens,
-             f'train_only_on_leading_tokens = {train_only_on_leading_tokens:,}, but {dataset!r} has'
-             f' {train_data.n_tokens:,}; use 0 for all, or prepare more data'))
+    train_data = open_split('train')
+    most = train_data.n_balanced if data_mix else train_data.n_tokens
+    require((train_only_on_leading_tokens <= most,
+             f'train_only_on_leading_tokens = {train_only_on_leading_tokens:,}, but {data_name!r} has'
+             f' {most:,}; use 0 for all, or prepare more data'))
     train_data = train_data.head(train_only_on_leading_tokens)
-    splits = split_names(data_dir, dataset)
-    require((train_data.n_tokens > 0, f'the training split of {dataset!r} is empty'),
-            ('val' in splits or not do_pruning,
-             f'{dataset!r} has no validation split, which TAMADE needs; prepare one or --no-do_pruning'))
-    val_data = open_bin(data_dir, dataset, 'val', verify) if 'val' in splits else None
-    require((not do_pruning or val_data.n_tokens > 0, f'the val split of {dataset!r} is empty, and TAMADE needs it'))
+    splits = common_splits(data_dir, dataset, data_mix)
+    require((train_data.n_tokens > 0, f'the training split of {data_name!r} is empty'),
+            ('val' in splits or not (do_pruning or data_mix), f'{data_name!r} has no validation split, which TAMADE and'
+             ' mixtures need; prepare one or --no-do_pruning'))
+    val_data, test_data = (open_split(s) if s in splits else None for s in ('val', 'test'))
+    require((not do_pruning or val_data.n_tokens > 0, f'the val split of {data_name!r} is empty, and TAMADE needs it'))
     model_config = config_from_knobs(config, train_data.vocab_size)
-    T = model_config.block_size
-    data_facts = dict(dataset=dataset, sha256=train_data.sha256, start_id=train_data.start_id,
+    data_facts = dict(dataset=data_name, sha256=train_data.sha256, start_id=train_data.start_id,
                       tokenizer=train_data.tokenizer)
     resume = init_from == 'resume'
     path = runs.newest_checkpoint(out_dir)
@@ -200,8 +228,7 @@ def main(argv=None):
         scaler.load_state_dict(start['scaler'])
 
     # the plan and the counters that a checkpoint keeps
-    n_batches = n_blocks(n_blocks(train_data.n_tokens, T), batch_size)
-    phases = plan_phases(n_batches, k)
+    phases = plan_of(train_data)
     n_steps = sum(p['n_steps'] for p in phases)
     require((n_steps > 0, 'nothing to train: epochs_prelude, epochs, epochs_fine_tuning and max_iters are all 0'))
     counters = dict(step=0, tokens=0, online_nats=0.0, online_tokens=0, epsilon=0.0, tolerance_spent=0.0, n_prunings=0,
@@ -218,6 +245,9 @@ def main(argv=None):
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in raw_model.parameters()),
                             n_steps=n_steps, data=data_facts,
                             parent=runs.parent_of(parent) if parent and env.main else {})
+    if stop_when == 'first_exhausted' and data_mix and env.main:
+        print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
+              f' {train_data.n_batches(batch_size, seed) * steps_per_chunk:,}')
     signals, started, last_saved, skipped = runs.StopSignals(), time.time(), time.time(), 0
     state, peaks = {}, (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
@@ -239,7 +269,7 @@ def main(argv=None):
         """Validation loss; the best of the phase since its last pruning goes to best.pt."""
         if val_data is None:
             return math.nan
-        found = score.evaluate(raw_model, val_data, T, eval_rows, env, max_blocks=eval_blocks)
+        found = score.evaluate(raw_model, val_data.head(eval_blocks * T), T, eval_rows, env)
         loss, bpb = found['loss_nats'], found['bits_per_byte']
         note(f"val phase={phase['name']} step={counters['step']} loss={loss:.5f} bpb={bpb:.4f}",
              val_loss=loss, val_bits_per_byte=bpb)
@@ -247,6 +277,11 @@ def main(argv=None):
             counters['best_val'] = loss
             save(phase, 'best.pt', weights_only=True)
         return loss
+
+    def drawn():
+        """Tokens drawn from each source of a mixture so far, {name: tokens}; a row counts once for its whole chunk."""
+        n_rows = -(-counters['step'] // steps_per_chunk) * batch_size
+        return {n: rows * T for n, rows in train_data.rows_by_source(n_rows, seed).items()} if data_mix else {}
 
     def count_nonzero():
         own = torch.tensor(float(sparse.count_nonzero(all_params)), dtype=torch.float64)
@@ -259,7 +294,8 @@ def main(argv=None):
         weights = {n: p if name == 'ckpt.sharded' else parallel.full(p) for n, p in raw_model.state_dict().items()}
         checkpoint = dict(model=weights, model_args=model_args(raw_model),
                           masks={n: view(m, named_params[n]) for n, m in masks.items()}, config=config,
-                          data=data_facts, parent=record.values['parent'], phase=phase['name'], **counters)
+                          data=data_facts, parent=record.values['parent'], phase=phase['name'], drawn=drawn(),
+                          **counters)
         if not weights_only:
             checkpoint.update(optimizer=parallel.optimizer_state(optimizer, parallel.parameters_of(optimizer), view),
                               scaler=scaler.state_dict(),
@@ -282,7 +318,8 @@ def main(argv=None):
         nonlocal masks, masked, mask_list
 
         def loss_of():
-            found = score.score(raw_model, val_data, T, eval_rows, env, max_blocks=sparse.CALIBRATION_BLOCKS)
+            leading = val_data.head(sparse.CALIBRATION_BLOCKS * T)      # of a mixture: some of each source
+            found = score.score(raw_model, leading, T, eval_rows, env, max_blocks=sparse.CALIBRATION_BLOCKS)
             return found['nats'] / found['tokens']
         if prune_by == 'gamma':
             new, before = sparse.masks_by_gamma(dict(zip(state['names'], state['gamma']))), loss_of()
@@ -334,8 +371,9 @@ def main(argv=None):
             epochs_done, inside = divmod(done, phase['epoch_steps'])
             epoch, batch = phase['first_epoch'] + epochs_done, inside // steps_per_chunk
             first_pass = online and epoch == 0
-            starts = batch_starts('sequential' if first_pass else order, seed, epoch, batch, batch_size,
-                                  train_data.n_tokens, T)
+            starts = train_data.starts(order, seed, counters['step'] // steps_per_chunk, batch_size) if data_mix else \
+                batch_starts('sequential' if first_pass else order, seed, epoch, batch, batch_size,
+                             train_data.n_tokens, T)
             n_scored = train_data.n_scored(starts, T)
             mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
             sums = torch.zeros(3, device=env.device)                # nats, stop?, checkpoint due?: one reduction a step
@@ -410,7 +448,8 @@ def main(argv=None):
                 bpb = mean / LN2 / bytes_per_token
                 bar.set_postfix_str(f'{bpb:.3f} bits/byte, {speed:,.0f} tokens/s')
                 note(f"train phase={phase['name']} epoch={epoch} step={step} loss={mean:.5f} bpb={bpb:.4f} lr={lr:.3g}"
-                     f' grad_norm={norm:.3g} nonzeros={counters["nonzeros"]} tokens_per_second={speed:.0f}',
+                     f' grad_norm={norm:.3g} nonzeros={counters["nonzeros"]} tokens_per_second={speed:.0f}'
+                     + ''.join(f' drawn_{name}={n}' for name, n in drawn().items()),
                      train_loss=mean, train_bits_per_byte=bpb, lr=lr, grad_norm=norm, grad_norm_penalised=penalised)
                 record.update(step=step, train_loss=mean, phase=phase['name'], train_tokens_per_second=round(speed))
                 window = [time.time(), 0, 0.0]
@@ -447,15 +486,16 @@ def main(argv=None):
                   held_bytes_per_rank=held_bytes,
                   online_description_length_bytes=round(counters['online_nats'] / LN2 / 8)
                   if counters['online_tokens'] == train_data.n_tokens else None)
+    if data_mix:
+        totals['drawn'] = drawn()
     if final_train_blocks:
-        found = score.evaluate(raw_model, train_data, T, eval_rows, env, max_blocks=max(final_train_blocks, 0),
+        found = score.evaluate(raw_model, train_data.head(max(final_train_blocks, 0) * T), T, eval_rows, env,
                                progress='train split')
         data_bytes = round(found['data_bytes'])
         totals.update(mean_train_loss=found['loss_nats'], train_bits_per_byte=found['bits_per_byte'],
                       train_data_bytes=data_bytes, description_length_nnz4_bytes=data_bytes + sizes['nnz4_bytes'],
                       description_length_bits_est_bytes=data_bytes + sizes['bits_est_bytes'])
-    if 'test' in splits:
-        test_data = open_bin(data_dir, dataset, 'test', verify)
+    if test_data:
         found = score.evaluate(raw_model, test_data, T, eval_rows, env, progress='test split')
         totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
                       test_accuracy=found['accuracy'])

@@ -1,10 +1,17 @@
 """Mixtures: exact shares, closed-form rows, exhaustion known beforehand, the same rows on any number of ranks."""
+import csv
+import json
+import os
+
 import numpy as np
 import pytest
-from conftest import write_dataset
+import torch
+from conftest import TINY, OneProcess, write_dataset
 
 import bins
 import mixture
+import runs
+import train
 from configurator import UserError
 
 
@@ -37,7 +44,7 @@ def test_a_row_does_not_depend_on_how_it_is_asked_for():
     assert np.array_equal(np.stack(mixture.draw(counts, rows, 1)), whole[:, rows])
     mix = mix_of([4000, 4000], (0.5, 0.5))
     for step in (0, 124, 125, 700):
-        starts = mix.starts('permuted', 5, 0, step, 8, 4)
+        starts = mix.starts('permuted', 5, step, 8)
         x, y = mix.gather(starts, 4)
         for n_ranks in (1, 2, 4):
             parts = [mix.gather(starts[r * 8 // n_ranks:(r + 1) * 8 // n_ranks], 4) for r in range(n_ranks)]
@@ -48,8 +55,8 @@ def test_a_row_does_not_depend_on_how_it_is_asked_for():
 @pytest.mark.parametrize('order', ['permuted', 'sequential'])
 def test_each_pass_over_a_source_holds_every_block_once(order):
     mix = mix_of([400, 40], (0.5, 0.5))                     # 100 and 10 blocks; 55 batches of 2 are an epoch
-    assert mix.n_batches(2, 4, seed=0) == 55 and mix.n_tokens == 440
-    starts = np.concatenate([mix.starts(order, 0, epoch, b, 2, 4) for epoch in range(20) for b in range(55)])
+    assert mix.n_batches(2, seed=0) == 55 and mix.n_tokens == 440
+    starts = np.concatenate([mix.starts(order, 0, b, 2) for b in range(20 * 55)])
     blocks = starts // 4
     small = blocks[blocks >= 100][:70]                      # seven passes over the small one
     assert all(sorted(small[i:i + 10]) == list(range(100, 110)) for i in range(0, 70, 10))
@@ -75,18 +82,19 @@ def test_exhaustion_is_known_beforehand(sizes, shares):
     assert mixture.exhausted_at(mix.counts, mix.blocks, 2) == first > 0
     drawn = list(mix.rows_by_source(first + 1, 2).values())
     assert sum(n > m for n, m in zip(drawn, mix.blocks)) == 1 and sum(drawn) == first + 1
-    starts = mix.starts('permuted', 2, 0, 0, first, 4)
+    starts = mix.starts('permuted', 2, 0, first)
     assert len(set(starts.tolist())) == first               # no block twice before it
-    assert mix.n_batches(2, 4, 2) == first // 2
+    assert mix.n_batches(2, 2) == first // 2
 
 
 def test_head_shares_the_unique_tokens():
     """A mixture of N tokens takes each source's share of them: the fair comparison with N tokens of one source."""
-    mix = mix_of([4000, 4000], (0.75, 0.25)).head(2000)
+    whole = mix_of([4000, 4000], (0.75, 0.25))
+    mix = whole.head(2000)
     assert [s.n_tokens for s in mix.sources] == [1500, 500] and mix.n_tokens == 2000
-    assert mix.sha256 != mix.head(1000).sha256
-    with pytest.raises(UserError, match='set0 has 4,000 of 7,500'):
-        mix_of([4000, 4000], (0.75, 0.25)).head(10_000)
+    assert mix.sha256 != mix.head(1000).sha256 and whole.head(0) is whole
+    assert whole.n_balanced == 5333 and whole.head(10_000).blocks == (1000, 333)
+    assert whole.head(4).blocks == (1, 1)                   # a few calibration blocks still hold some of each
 
 
 @pytest.mark.parametrize('text, message', [
@@ -117,3 +125,106 @@ def test_sources_must_fit_together(tmp_path):
                           ('a,noval', 'noval of data_mix.*has no val text'), ('a,none', "no data set 'none'")):
         with pytest.raises(UserError, match=message):
             mixture.open_mixture(str(tmp_path), text, 'val', 32)
+
+
+# --- train.py on a mixture ---
+
+@pytest.fixture
+def train_mix(tmp_path):
+    """Call train.main on 'a:0.75,b:0.25' (128 and 64 blocks of 32); returns the run folder. Later flags win."""
+    write_dataset(str(tmp_path / 'data'), 'a')
+    write_dataset(str(tmp_path / 'data'), 'b', sizes=(2048, 1000, 300))
+
+    def call(*flags, out='run', status=0):
+        assert train.main([*TINY, f'--data_dir={tmp_path / "data"}', '--data_mix=a:0.75,b:0.25', '--max_iters=12',
+                           f'--out_dir={tmp_path / out}', '--log_interval=4', *flags]) == status
+        return str(tmp_path / out)
+    return call
+
+
+def test_a_run_draws_its_shares_and_records_them(train_mix, tmp_path):
+    folder = train_mix('--max_iters=125')                   # 1,000 rows: exact
+    drawn = {'a': 750 * 32, 'b': 250 * 32}
+    checkpoint, record = runs.load_checkpoint(folder), runs.read_run(folder)
+    assert checkpoint['drawn'] == record['drawn'] == drawn and checkpoint['tokens'] == 32_000
+    assert record['data']['dataset'] == 'a:0.75,b:0.25' and record['mean_train_loss'] < 5 and record['mean_test_loss']
+    with open(os.path.join(folder, 'log.txt')) as f:
+        assert 'drawn_a=24000 drawn_b=8000' in f.read()
+    with open(os.path.join(folder, 'train_loss.csv')) as f:
+        assert [int(r['tokens']) for r in csv.DictReader(f)] == list(range(256, 32_001, 256))   # equal tokens
+    best = runs.load_checkpoint(os.path.join(folder, 'best.pt'))
+    assert best['drawn'] == drawn
+
+
+@pytest.mark.parametrize('stop', [1, 7])
+def test_a_resumed_run_equals_an_unbroken_one(stop, train_mix, monkeypatch):
+    whole = runs.load_checkpoint(train_mix('--dropout=0.1', out='whole'))
+    real = train.rate_at
+
+    def rate(step, *more):
+        if step == stop:
+            os.kill(os.getpid(), 10)                        # SIGUSR1: save at the end of this step
+        return real(step, *more)
+    monkeypatch.setattr(train, 'rate_at', rate)
+    train_mix('--dropout=0.1', status=85)
+    monkeypatch.setattr(train, 'rate_at', real)
+    mine = runs.load_checkpoint(train_mix('--dropout=0.1', '--init_from=resume'))
+    for name, tensor in whole['model'].items():
+        assert torch.equal(tensor, mine['model'][name])
+    assert json.dumps(whole['drawn']) == json.dumps(mine['drawn'])
+    with pytest.raises(UserError, match='cannot resume: sha256'):
+        train_mix('--init_from=resume', '--data_mix=a:0.5,b:0.5', '--max_iters=20', '--overwrite', status=85)
+
+
+@pytest.mark.parametrize('world', (1, 2, 4))
+def test_ranks_share_the_rows_of_a_mixture(world, train_mix, monkeypatch):
+    """The loop's own slices, put together in the order of ranks, are what one process draws."""
+    seen, real = {}, mixture.Mixture.gather
+
+    def gather(self, starts, length):
+        if self.split == 'train':
+            seen.setdefault(rank, []).append(starts.tolist())
+        return real(self, starts, length)
+    monkeypatch.setattr(mixture.Mixture, 'gather', gather)
+    for rank in range(world):
+        monkeypatch.setattr(runs, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
+        train_mix('--max_iters=3', '--final_train_blocks=0', f'--micro_batch_size={8 // world}', '--overwrite')
+    rows = [sum((seen[rank][step] for rank in range(world)), []) for step in range(3)]
+    data = mixture.open_mixture(train.data_dir, 'a:0.75,b:0.25', 'train', 32)
+    assert rows == [data.starts('permuted', 858, step, 8).tolist() for step in range(3)]
+
+
+def test_the_run_ends_where_the_first_source_is_exhausted(train_mix, capsys):
+    """a has 128 blocks and 6 rows of 8 come from it: about 21 steps, known before the first."""
+    folder = train_mix('--max_iters=500', '--stop_when=first_exhausted')
+    n_steps = runs.read_run(folder)['n_steps']
+    assert 18 < n_steps < 25 and runs.load_checkpoint(folder)['step'] == n_steps
+    drawn = runs.load_checkpoint(folder)['drawn']
+    assert 120 * 32 <= drawn['a'] <= 4096 and f'the run has {n_steps} steps' in capsys.readouterr().out
+    assert runs.load_checkpoint(train_mix('--max_iters=500', out='on'))['step'] == 500
+    train_mix('--check', '--max_iters=500', '--stop_when=first_exhausted', out='none', status=None)
+    assert f'main                  {n_steps} steps of vanilla' in capsys.readouterr().out
+
+
+def test_pruning_calibrates_on_all_sources(train_mix, monkeypatch):
+    import score
+    seen, real = [], score.score
+
+    def spy(model, data, *more, **named):
+        seen.append((data.split, getattr(data, 'blocks', ())))
+        return real(model, data, *more, **named)
+    monkeypatch.setattr(score, 'score', spy)
+    monkeypatch.setattr('sparse.CALIBRATION_BLOCKS', 8)
+    train_mix('--do_pruning', '--procedure=rl1', '--eval_blocks=4', '--final_train_blocks=0')
+    assert seen.count(('val', (6, 2))) == 25 and seen.count(('val', (3, 1))) == 1
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--order=random'], 'order = .permuted.'), (['--online'], 'no --online'),
+    (['--stop_when=later'], 'first_exhausted'),
+    (['--data_mix=a,none'], "no data set 'none'"), (['--data_mix=a:-1'], 'weight of a is -1'),
+    (['--train_only_on_leading_tokens=6000'], 'has 5,461; use 0'), (['--batch_size=4096'], 'fewer than batch')])
+def test_bad_mixture_is_one_line_and_makes_nothing(flags, words, train_mix, tmp_path):
+    with pytest.raises(UserError, match=words):
+        train_mix(*flags)
+    assert not os.path.exists(tmp_path / 'run')
