@@ -97,11 +97,11 @@ class Mixture:
                  ' give it a larger weight'))
 
     def head(self, n_tokens):
-        """Return the mixture of the leading blocks of each source, about n_tokens in all (0: everything), by shares.
+        """Return the mixture of the leading blocks of each source, about n_tokens in all (0: all), by their shares.
 
         At most n_balanced: what the source that is the shortest for its share allows.
         """
-        if n_tokens <= 0:
+        if n_tokens <= 0 or n_tokens >= self.n_tokens:
             return self
         n_blocks = min(n_tokens, self.n_balanced) / self.block_size
         parts = [max(round(n_blocks * share), 1) * self.block_size for share in self.shares]

@@ -3,6 +3,7 @@
     python runs.py                      gather out/*/run.json into runs.csv and print the table
     python runs.py --watch              the unfinished runs with their progress, until Ctrl-C
     python runs.py status OUT_DIR       exit 0 done, 85 paused, 1 failed or unfinished (what an sbatch file asks)
+    python runs.py compare out/a out/b --allow=seed     exit 1 where anything but the data (and the seed) differs
     python runs.py convert OUT_DIR/ckpt.sharded OUT_DIR/ckpt.pt             a sharded checkpoint as one file
 
 A run writes only its own run.json; runs.csv is derived, rebuilt whole, never edited.
@@ -37,6 +38,7 @@ from configurator import UserError, configure, one_of, require, run
 
 # -----------------------------------------------------------------------------
 out = 'out'                     # folder that holds the run folders
+allow = ''                      # compare: settings that may differ beside the data, as seed,commit
 csv_path = 'runs.csv'           # the table written; '' = print only
 watch = False                   # print the table of unfinished runs again and again
 watch_interval = 10.0           # seconds
@@ -333,11 +335,16 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not ({'-h', '--help'} & set(argv) or argv and not argv[0].startswith('--')):
         argv = ['table', *argv]
-    verb, paths, _ = configure(globals(), argv, verbs=dict(table=0, status=1, convert=2))
+    verb, paths, _ = configure(globals(), argv, verbs=dict(table=0, status=1, convert=2, compare=-1))
     if verb == 'status':
         status = read_status(paths[0]) or 'no run.json'
         print(status)
         return {'done': 0, 'paused': PAUSED}.get(status, 1)
+    if verb == 'compare':
+        from compare import side_by_side
+        rows, unfair = side_by_side({path: read_run(path) for path in paths}, allow)
+        print(markdown(rows, list(rows[0])), f'not fair: {", ".join(unfair)}' if unfair else 'fair', sep='\n')
+        return int(bool(unfair))
     if verb == 'convert':
         save_checkpoint(paths[1], load_checkpoint(paths[0]))
         return print(f'{paths[1]}: {os.path.getsize(paths[1]):,} bytes')

@@ -190,7 +190,7 @@ def main(argv=None):
     require((not do_pruning or val_data.n_tokens > 0, f'the val split of {data_name!r} is empty, and TAMADE needs it'))
     model_config = config_from_knobs(config, train_data.vocab_size)
     data_facts = dict(dataset=data_name, sha256=train_data.sha256, start_id=train_data.start_id,
-                      tokenizer=train_data.tokenizer)
+                      tokenizer=train_data.tokenizer, n_tokens=train_data.n_tokens)
     resume = init_from == 'resume'
     path = runs.newest_checkpoint(out_dir)
     if resume and not os.path.exists(path):
