@@ -13,8 +13,10 @@ Totals are two-part code lengths, model bytes + data bytes, by what a weight cos
 non-zero without its index (published figures do this; nothing decodes it); bits_est, the entropy of the 8-bit tensors.
 archive_bytes is the size of a file that decodes, model included. online_bytes is the code length of the first pass of
 training, each batch coded before its update: no model to send. Compressors' own programs are not counted.
+loss_low and loss_high are a 95 % bootstrap interval over documents; interval_over in the csv says of what.
 """
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -39,6 +41,7 @@ first_token = 'score'           # 'score', or 'skip': a block's first token is i
 description_length = False      # score the training split too
 archive = ''                    # files packed with the checkpoints, comma-separated, one each; '' = none
 online_archives = ''            # files made by compress.py online, comma-separated: a row each; '' = none
+bootstrap = 1000                # resamples of documents for the 95 % interval of the loss; 0 = none
 baselines = False               # compressors on the same bytes
 baseline_timeout = 600.0        # seconds for each external compressor
 out = 'out'                     # where eval-HASH goes
@@ -47,8 +50,8 @@ device = 'auto'
 dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
 # -----------------------------------------------------------------------------
 
-SHOWN = ('run data tokens loss_nats bits_per_byte perplexity perplexity_per_word accuracy data_bytes raw_total_bytes '
-         'nnz4_total_bytes bits_est_total_bytes archive_bytes online_bytes seconds').split()
+SHOWN = ('run data tokens loss_nats loss_low loss_high bits_per_byte perplexity perplexity_per_word accuracy '
+         'data_bytes raw_total_bytes nnz4_total_bytes bits_est_total_bytes archive_bytes online_bytes seconds').split()
 PIECE = 1 << 20                 # bytes given to a compressor at a time
 
 
@@ -179,6 +182,12 @@ def context_of(length):
     return length - stride + 1 if stride else minimal_context_window
 
 
+def own_sets(checkpoint):
+    """Names of the data sets that a checkpoint was trained on: the sources of a mixture, none where it does not say."""
+    from mixture import parse_mix
+    return list(parse_mix(checkpoint['data']['dataset'])) if checkpoint['data']['dataset'] else []
+
+
 def check_fit(path, checkpoint, data):
     """Raise UserError where a checkpoint cannot score a data set under these knobs."""
     tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
@@ -231,13 +240,14 @@ def model_rows(path, bins, packed, env):
     model, checkpoint = runs.load_model(path, env.device)
     sizes, length = sparse.model_sizes(model.parameters()), block_size or model.config.block_size
     for (name, part), data in bins.items():
-        own = name == checkpoint['data']['dataset']
+        own = name in own_sets(checkpoint)
         if not (own or dataset):
             continue
-        started = time.time()
+        started, units = time.time(), score.Units(data) if bootstrap else None
         found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
                                context_of(length), progress=f'{name_of(path)} on {name}/{part}',
-                               skip_first=first_token == 'skip')
+                               skip_first=first_token == 'skip', units=units)
+        found.update(units.interval(bootstrap, env) if units else {})
         if words := data.count_words() * found['tokens'] / max(data.n_tokens, 1):
             found['perplexity_per_word'] = math.exp(min(found['loss_nats'] * found['tokens'] / words, 700))
         found['data_bytes'] = round(found['data_bytes'])
@@ -258,7 +268,7 @@ def main(argv=None):
              ' with a --dataset'), (splits, 'split is empty; write --split=test'),
             one_of('first_token', first_token, ('score', 'skip')),
             *(at_least(k, globals()[k], 0)
-              for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window', 'stride')),
+              for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window', 'stride', 'bootstrap')),
             (first_token == 'score' or not (minimal_context_window or stride),
              'first_token = skip cuts blocks side by side; drop minimal_context_window and stride'),
             (not (stride and minimal_context_window), f'stride = {stride} and minimal_context_window ='
@@ -279,13 +289,13 @@ def main(argv=None):
     parents, blocks, packed = [], {block_size} - {0}, [read_archive_facts(p) for p in archives]
     for path in paths:
         checkpoint = runs.load_checkpoint(path)
-        own = checkpoint['data']['dataset']
+        own = own_sets(checkpoint)
         require((own or sets, f'{path} names no data set; give one, --dataset=NAME'))
-        for part in () if sets else splits:
-            if (own, part) not in bins:
-                bins[own, part] = open_bin(data_dir, own, part, verify).head(max_tokens)
+        for name, part in () if sets else itertools.product(own, splits):
+            if (name, part) not in bins:
+                bins[name, part] = open_bin(data_dir, name, part, verify).head(max_tokens)
         for (name, _), data in bins.items():
-            if sets or name == own:
+            if sets or name in own:
                 check_fit(path, checkpoint, data)
         parents.append(runs.parent_of(path))
         blocks.add(block_size or checkpoint['model_args']['block_size'])

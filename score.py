@@ -1,7 +1,9 @@
 """Score a model on a split: sums first (nats, tokens, correct), means last, every token once, over all ranks."""
 import math
+import re
 from itertools import islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -9,6 +11,8 @@ from tqdm import tqdm
 from configurator import UserError
 
 LN2 = math.log(2)
+FEW_DOCUMENTS = 30              # below, the interval is over blocks
+BLOCK_BYTES = 2048
 
 
 def n_windows(n_tokens, block_size, minimal_context=0):
@@ -31,12 +35,13 @@ def windows(n_tokens, block_size, minimal_context=0):
 
 
 @torch.no_grad()
-def score(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False):
+def score(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False,
+          units=None):
     """Return {'nats', 'tokens', 'correct'} of model on data (bins.Bin), summed over all ranks.
 
     batch_size: rows per forward on each rank. env: runs.Env. max_blocks > 0 scores that many leading rows only.
     skip_first: the published convention, where a block's first token is input only (1,023 of 1,024 are scored).
-    Cross-entropy is float32 per token and summed in float64.
+    units: takes the losses of documents too. Cross-entropy is float32 per token and summed in float64.
     """
     n_rows = n_windows(data.n_tokens, block_size, minimal_context)
     rows = windows(data.n_tokens, block_size, minimal_context)
@@ -60,6 +65,8 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
         correct = (logits.argmax(-1) == y).sum()                # padding targets are -1, never an argmax
         counts = torch.stack(((y >= 0).sum(), correct)).cpu()     # on the CPU: MPS has no float64
         sums += torch.cat((nats.sum(dtype=torch.float64)[None], counts.double()))
+        if units and batch:
+            units.add([start for start, _ in batch], nats.view(y.shape).numpy(), (y >= 0).cpu().numpy())
         bar.update(len(batch) * env.world)
     bar.close()
     model.train(was_training)
@@ -75,12 +82,55 @@ def metrics(sums, text_bytes):
                 accuracy=sums['correct'] / tokens, data_bytes=bits / 8, tokens=sums['tokens'], text_bytes=text_bytes)
 
 
-def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False):
+def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False,
+             units=None):
     """Score and return metrics; text bytes are those of the scored tokens, with skip_first their share of the split."""
-    sums = score(model, data, block_size, batch_size, env, minimal_context, max_blocks, progress, skip_first)
+    sums = score(model, data, block_size, batch_size, env, minimal_context, max_blocks, progress, skip_first, units)
     part = round(data.text_bytes * sums['tokens'] / max(data.n_tokens, 1))
     text_bytes = part if skip_first else data.head(sums['tokens']).text_bytes
     return metrics(sums, text_bytes)
+
+
+class Units:
+    """Loss of each document of a split, or of each block of it where there are few, for the interval of their mean.
+
+    Documents end where end-of-text stands in BPE data, and in byte data three newlines or Wiki-40B's article mark.
+    """
+
+    def __init__(self, data):
+        self.edges, self.kind = np.unique([0, *document_starts(data)]), 'documents'
+        if len(self.edges) < FEW_DOCUMENTS:
+            length = max(1, round(BLOCK_BYTES * data.n_tokens / max(data.text_bytes, 1)))
+            self.kind = f'blocks of {BLOCK_BYTES:,} bytes, as there are only {len(self.edges)} documents'
+            self.edges = np.arange(0, max(data.n_tokens, 1), length)
+        self.sums = np.zeros((2, len(self.edges)))                      # nats, tokens
+
+    def add(self, starts, nats, scored):
+        """Take the losses (B, T) in nats of rows that start at starts (B,); scored (B, T) says which count."""
+        position = np.asarray(starts)[:, None] + np.arange(nats.shape[1])
+        unit = np.searchsorted(self.edges, position[scored], 'right') - 1
+        self.sums += [np.bincount(unit, nats[scored], len(self.edges)), np.bincount(unit, minlength=len(self.edges))]
+
+    def interval(self, n_resamples, env):
+        """Return the 95 % bootstrap interval of the mean loss over documents drawn with replacement, sums first."""
+        nats, tokens = env.sum(torch.from_numpy(self.sums)).cpu().numpy()
+        nats, tokens, rng, means = nats[tokens > 0], tokens[tokens > 0], np.random.default_rng(0), []
+        for _ in range(n_resamples):
+            drawn = np.bincount(rng.integers(0, len(nats), len(nats)), minlength=len(nats))
+            means.append(nats @ drawn / (tokens @ drawn))
+        low, high = np.quantile(means, (0.025, 0.975)).tolist()
+        return dict(loss_low=low, loss_high=high, interval_over=f'{len(nats):,} {self.kind}')
+
+
+def document_starts(data):
+    """Yield where documents start, as far as marks between them tell, in constant memory."""
+    for start in range(0, data.n_tokens if data.tokenizer != 'byte' else 0, 1 << 20):
+        yield from (np.flatnonzero(data.tokens[start:start + (1 << 20)] == data.start_id) + start).tolist()
+    wiki40b = data.tokens[:17].tobytes() == b'\n_START_ARTICLE_\n'
+    mark = b'\n_START_ARTICLE_\n' if wiki40b else b'\n\n\n'
+    for start in range(0, data.n_tokens if data.tokenizer == 'byte' else 0, 1 << 20):
+        piece = data.tokens[start:start + (1 << 20) + len(mark) - 1].tobytes()
+        yield from (start + found.end() - (len(mark) if wiki40b else 0) for found in re.finditer(mark, piece))
 
 
 def rows_per_forward(block_size, tokens=16384):

@@ -383,3 +383,100 @@ def test_bad_input_is_one_line_and_leaves_nothing(toy, tmp_path, name):
 def test_a_script_error_is_one_line_and_exit_code_1(toy, tmp_path):
     done = run_script('eval.py', f'--from_ckpt={tmp_path}', f'--data_dir={toy}')
     assert done.returncode == 1 and done.stderr.startswith('error: no checkpoint') and done.stderr.count('\n') == 1
+
+
+# --- the interval over documents ---
+
+def write_documents(data_dir, name, documents, end=b'\n\n\n'):
+    """A byte-level set whose test split is these documents with the mark between them."""
+    folder, entries = os.path.join(data_dir, name), {}
+    for split in ('train', 'test'):
+        writer = bins.BinWriter(folder, split)
+        writer.write(end.join(documents))
+        entries[split] = writer.commit()
+    bins.write_meta(folder, 'test', [], entries, dict(kind='test'))
+
+
+def test_interval_is_the_bootstrap_over_documents(tmp_path):
+    """Against brute force: losses token by token, cut at the marks, resampled by the same generator."""
+    rng = np.random.default_rng(3)
+    documents = [make_text(int(n), seed=i) for i, n in enumerate(rng.integers(5, 90, 40))]
+    write_documents(str(tmp_path), 'toy', documents)
+    path, model = save(tmp_path / 'run')
+    evaluation.main([f'--from_ckpt={path}', f'--data_dir={tmp_path}', f'--out={tmp_path / "out"}', '--device=cpu',
+                     '--bootstrap=500'])
+    folder = next(p for p in (tmp_path / 'out').iterdir())
+    row = runs.read_run(str(folder))['rows'][0]
+    data = bins.open_bin(str(tmp_path), 'toy', 'test')
+    x, y = data.gather(list(range(0, data.n_tokens, T)), T)
+    with torch.no_grad():
+        logits, targets = model(torch.from_numpy(x)).flatten(0, 1), torch.from_numpy(y).flatten()
+        nats = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction='none').numpy()
+    sizes = [len(d) + 3 for d in documents[:-1]] + [len(documents[-1])]         # the mark ends its document
+    sums = np.array([part.sum() for part in np.split(nats[:data.n_tokens].astype(np.float64), np.cumsum(sizes)[:-1])])
+    rng, means = np.random.default_rng(0), []
+    for _ in range(500):
+        drawn = rng.integers(0, 40, 40)
+        means.append(sums[drawn].sum() / np.array(sizes)[drawn].sum())
+    assert (row['loss_low'], row['loss_high']) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), rel=1e-6)
+    assert row['loss_low'] < row['loss_nats'] < row['loss_high'] and row['interval_over'] == '40 documents'
+    with open(folder / 'table.csv', newline='') as f:
+        assert next(csv.DictReader(f))['interval_over'] == '40 documents'
+    evaluation.main([f'--from_ckpt={path}', f'--data_dir={tmp_path}', f'--out={tmp_path / "off"}', '--bootstrap=0'])
+    assert 'loss_low' not in (next((tmp_path / 'off').iterdir()) / 'table.md').read_text()
+
+
+def test_few_documents_give_way_to_blocks_of_2048_bytes():
+    import score
+    few = bins.Bin(np.frombuffer(b'\n\n\n'.join([b'x' * 3000] * 5), np.uint8), name='few')
+    units = score.Units(few)
+    assert units.edges.tolist() == list(range(0, 15012, 2048)) and 'only 5 documents' in units.kind
+    many = bins.Bin(np.array([7, 50, 7] * 40 + [7], np.uint16), 60, start_id=50, text_bytes=500, tokenizer='gpt2')
+    assert score.Units(many).edges.tolist() == [0, *range(1, 120, 3)]
+    wiki = bins.Bin(np.frombuffer(b'\n_START_ARTICLE_\nA\n\n\nb' * 30, np.uint8))
+    assert score.Units(wiki).edges.tolist() == list(range(0, 22 * 30, 22))
+    mark = bins.Bin(np.frombuffer((b'x' * ((1 << 20) - 2) + b'\n\n\n') * 2 + b'abc\n\n\n' * 30, np.uint8))
+    assert score.Units(mark).edges[:4].tolist() == [0, (1 << 20) + 1, 2 * (1 << 20) + 2, 2 * (1 << 20) + 8]
+
+
+def test_a_mixture_is_evaluated_on_its_own_sets(tmp_path):
+    for name in ('a', 'b'):
+        write_dataset(str(tmp_path), name)
+    path, _ = save(tmp_path / 'run', dataset='a:0.5,b:0.5')
+    evaluation.main([f'--from_ckpt={path}', f'--data_dir={tmp_path}', f'--out={tmp_path / "out"}', '--device=cpu'])
+    rows = runs.read_run(str(next((tmp_path / 'out').iterdir())))['rows']
+    assert [r['data'] for r in rows] == ['a/test', 'b/test']
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='RssAnon is Linux')
+def test_memory_is_flat_in_the_number_of_tokens(tmp_path):
+    """A stub of a model over a memory map: 1 MB and 30 MB of documents differ by sums of documents, not of tokens."""
+    import threading
+    import time
+
+    from conftest import OneProcess
+
+    import score
+    stub, peaks = torch.nn.Module(), []
+    stub.forward = lambda x: torch.zeros(*x.shape, 2)
+    for n_tokens in (1_000_000, 30_000_000):
+        path, done = tmp_path / f'{n_tokens}', threading.Event()
+        np.tile(np.array([0, 1] * 999 + [10, 10], np.uint8), n_tokens // 2000).tofile(path)
+        data = bins.Bin(np.memmap(path, np.uint8, 'r'), 2, start_id=10, tokenizer='gpt2', text_bytes=n_tokens)
+        y_in_vocabulary = data.gather
+        data.gather = lambda starts, n, get=y_in_vocabulary: tuple(np.where(a > 1, 1, a) for a in get(starts, n))
+        before, peak = runs.rss_anon_bytes(), [0]
+
+        def watch(done=done, peak=peak):
+            while not done.is_set():
+                peak[0] = max(peak[0], runs.rss_anon_bytes())
+                time.sleep(0.01)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        units = score.Units(data)
+        found = score.evaluate(stub, data, 1024, 256, OneProcess(), units=units)
+        assert found['loss_nats'] == pytest.approx(math.log(2)) and len(units.edges) == n_tokens // 1000 + 1
+        done.set()
+        thread.join()
+        peaks.append(peak[0] - before)
+    assert abs(peaks[1] - peaks[0]) < 50e6, peaks
