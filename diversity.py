@@ -21,10 +21,11 @@ import numpy as np
 from configurator import at_least, configure, require, run
 
 # -----------------------------------------------------------------------------
-dataset = ''                    # data sets, comma-separated; 'mix' stands for data_mix
+dataset = ''                    # data sets, comma-separated; a+b is both in equal parts, mix stands for data_mix
 data_mix = ''                   # 'pubmed:0.5,uspto:0.5'
 eval_sets = ''                  # held-out sets for the vocabulary overlap, which is a known confounder; '' = none
 split = 'train'
+max_tokens = 0                  # leading tokens of each set, shared by the sources of a mixture; 0 = all
 data_dir = 'data'
 out_dir = 'out/diversity'
 # protocol: published values are the defaults
@@ -226,7 +227,10 @@ class Blocks:
 
 
 def units_of(data):
-    """Return the leading words of byte data, or tokens, as an array of what can be compared between sets."""
+    """Return leading words of byte data, or tokens, as an array to compare sets by; of a mixture by its shares."""
+    if hasattr(data, 'sources'):
+        parts = [units_of(s)[:round(companion_units * share)] for s, share in zip(data.sources, data.shares)]
+        return np.concatenate(parts)
     if data.tokenizer != 'byte':
         return np.asarray(data.tokens[:companion_units]).astype('U8')
     return np.array(data.tokens[:20 * companion_units].tobytes().split()[:companion_units])
@@ -288,19 +292,20 @@ def main(argv=None):
             ('mix' not in names or data_mix, "dataset names mix, but data_mix is empty; give --data_mix='a:0.5,b:0.5'"),
             *(at_least(k, globals()[k], low) for k, low in (
                 ('n_batches', 2), ('n_sequences', 1), ('sequence_length', 1), ('head_epochs', 0),
-                ('head_batch_size', 1), ('micro_batch_size', 0), ('companion_units', 100))),
+                ('head_batch_size', 1), ('micro_batch_size', 0), ('companion_units', 100), ('max_tokens', 0))),
             (head_learning_rate > 0, f'head_learning_rate = {head_learning_rate}, expected > 0'))
     from tqdm import tqdm
 
     import runs
     from bins import open_bin
-    from mixture import open_mixture
+    from mixture import open_data, parse_mix
     env = runs.Env(device, 'float32')
     model, checkpoint = runs.load_model(probe, env.device)
     model.eval().requires_grad_(False)
     tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
-    opened = {n: open_mixture(data_dir, data_mix, split, sequence_length, 'first_exhausted') if n == 'mix' else
-              open_bin(data_dir, n, split) for n in names}
+    mixes = {n: data_mix if n == 'mix' else n.replace('+', ',') if '+' in n else '' for n in names}
+    opened = {n: open_data(data_dir, n, mixes[n], split, sequence_length, 'first_exhausted').head(max_tokens)
+              for n in names}
     others = {n: open_bin(data_dir, n, 'test' if split == 'train' else split) for n in held_out}
     require((sequence_length <= args['block_size'], f'sequence_length = {sequence_length}, the probe was built for at'
              f' most {args["block_size"]}'),
@@ -313,7 +318,7 @@ def main(argv=None):
     weights = hashlib.sha256()
     for tensor in checkpoint['model'].values():
         weights.update(tensor.contiguous().numpy().tobytes())
-    protocol = dict(probe=probe, probe_sha256=weights.hexdigest(), tokenizer=tokenizer, split=split,
+    protocol = dict(probe_sha256=weights.hexdigest(), tokenizer=tokenizer, split=split,
                     **{k: config[k] for k in PROTOCOL})
     if env.main:
         check_protocol(protocol)
@@ -330,7 +335,8 @@ def main(argv=None):
     held_units = {n: units_of(d) for n, d in others.items()}
     for source in sources:
         row = dict(data=source.name, sha256=source.sha256, **coefficient(found[source.name]))
-        if source.name in opened and source.name != 'mix':
+        if source.name in opened:
+            row['shares'] = parse_mix(mixes[source.name] or source.name)
             units = units_of(opened[source.name])
             row.update(ngram_diversity=ngram_diversity(units),
                        **{f'overlap_{n}': jaccard(units, other) for n, other in held_units.items()})

@@ -7,8 +7,9 @@
 In: run folders (run.json, train_loss.csv, log.txt); eval.py's folders among them fill in what a run did not measure.
 Out: training_curves, and per data set size_SET (loss versus model size, with lines of equal description length) and
 alpha_SET (description length versus alpha, beside the unpruned model, the one that TAMADE alone pruned, and the raw
-data). Each dot is a run, lines join means over seeds. What a set of runs cannot support is skipped with a line that
-says why. Description lengths are two-part, of the whole training split: model bytes + code length of the data.
+data). With a folder of diversity.py and evaluations: diversity (loss on each evaluation set versus diversity of the
+training set, with spread). Each dot is a run, lines join means over seeds. What runs cannot support is skipped with a
+line that says why. Description lengths are two-part, of the whole training split: model bytes + data bytes.
 """
 import csv
 import glob
@@ -122,6 +123,27 @@ def means(points):
         row = alpha, *(sum(column) / len(values) for column in zip(*values))
         result.setdefault((kind, n_params), []).append(row)
     return result
+
+
+def read_diversity(measured, records, scored):
+    """Return {evaluation set: {training set: (diversity, half-width, [loss of each run])}}.
+
+    measured: run.json of diversity.py's folders; records: {path: run.json} of trainings; scored: rows of eval.py. A
+    training set is known by the shares of its sources. Diversities of different protocols are refused.
+    """
+    from mixture import parse_mix
+    protocols = {repr(sorted(m['protocol'].items())) for m in measured}
+    require((len(protocols) < 2, f'diversities of {len(protocols)} protocols cannot share a figure: '
+             + ', '.join(m['run_id'] for m in measured) + '; name folders of one protocol'))
+    known = {repr(sorted(row['shares'].items())): row for m in measured for row in m.get('rows', ()) if 'shares' in row}
+    trained = {os.path.abspath(path): known.get(repr(sorted(parse_mix(r.get('data_mix') or r['dataset']).items())))
+               for path, r in records.items() if r.get('data_mix') or r.get('dataset')}
+    found = {}
+    for row in scored:
+        if which := trained.get(os.path.abspath(row['from_ckpt'].removesuffix('ckpt.pt'))):
+            sets = found.setdefault(row['data'], {})
+            sets.setdefault(which['data'], (which['diversity'], which.get('ci95', 0.0), []))[2].append(row['loss_nats'])
+    return found
 
 
 # --- drawing ---
@@ -296,6 +318,28 @@ def draw_alpha(points, name, n_bytes, plt):
     return figure
 
 
+def draw_diversity(found, plt):
+    """Loss on each evaluation set against the diversity of the training set: a dot per seed, bars of one deviation."""
+    import numpy as np
+    columns = min(3, len(found))
+    figure, axes = plt.subplots(-(-len(found) // columns), columns, squeeze=False, layout='constrained',
+                                figsize=(4.2 * columns, 3.6 * -(-len(found) // columns)))
+    names = sorted({name for sets in found.values() for name in sets})
+    for axis, (title, sets) in zip(axes.flat, found.items()):
+        for name, (x, half, losses) in sets.items():
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else 0.0
+            axis.errorbar(x, np.mean(losses), spread, half, fmt='_', color=colour, capsize=3, lw=1.2)
+            axis.plot([x] * len(losses), losses, 'o', color=colour, ms=5, mfc='white', mew=1.2)
+        axis.set(title=f'evaluated on {title}', xlabel='diversity of the training set', ylabel='loss (nats per token)')
+    for axis in axes.flat[len(found):]:
+        axis.remove()
+    handles = [plt.Line2D([], [], ls='', marker='o', color=COLOURS[i % len(COLOURS)], label=name)
+               for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc='outside lower center', ncols=min(4, len(handles)))
+    return figure
+
+
 def main(argv=None):
     _, paths, _ = configure(globals(), ['plot', *(sys.argv[1:] if argv is None else argv)], verbs=dict(plot=-1))
     require(one_of('size', size, ('bits_est', 'nnz4')), at_least('smooth', smooth, 0), at_least('dpi', dpi, 1))
@@ -308,9 +352,13 @@ def main(argv=None):
     plt.rcParams.update({'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
                          'grid.color': '#E6E6E6', 'grid.linewidth': 0.7, 'axes.axisbelow': True,
                          'legend.frameon': False, 'axes.titlesize': 10.5, 'savefig.bbox': 'tight', 'pdf.fonttype': 42})
-    records, evaluated = {}, {}
+    records, evaluated, measured, scored = {}, {}, [], {}
     for folder in folders:
         record = runs.read_run(folder)
+        if 'protocol' in record:
+            measured.append(record)
+        else:
+            scored.update(((r['from_ckpt'], r.get('data')), r) for r in record.get('rows', ()) if 'from_ckpt' in r)
         if 'procedure' in record:
             records[folder] = record
         if not record.get('max_tokens') and record.get('first_token') == 'score':
@@ -329,6 +377,10 @@ def main(argv=None):
         save('training_curves', draw_curves(curves, plt))
     else:
         print(f'skipped training_curves: none of {len(folders)} folders has a train_loss.csv and a log.txt')
+    if measured and (found := read_diversity(measured, records, scored.values())):
+        save('diversity', draw_diversity(found, plt))
+    elif measured:
+        print('skipped diversity: expected run folders trained on the measured sets, and their eval.py folders')
     by_data = {}
     for folder, record in records.items():
         p = read_point(folder, record, evaluated.get(os.path.abspath(folder)))

@@ -174,17 +174,17 @@ def measure(home, out, *flags):
 
 
 def test_numbers_travel_with_their_protocol(home, tmp_path, capsys):
-    assert measure(home, tmp_path / 'd', '--dataset=one,two,mix', '--data_mix=one,two', '--eval_sets=two',
-                   '--n_batches=4') == 0
+    assert measure(home, tmp_path / 'd', '--dataset=one,two,mix,one+two', '--data_mix=one:3,two:1',
+                   '--eval_sets=two', '--n_batches=4', '--max_tokens=6000') == 0
     record = runs.read_run(str(tmp_path / 'd'))
-    assert [row['data'] for row in record['rows']] == ['one', 'two', 'mix'] and len(record['cross']) == 3
+    assert [row['data'] for row in record['rows']] == ['one', 'two', 'mix', 'one+two'] and len(record['cross']) == 6
     for row in record['rows'] + record['cross']:
         assert (row['n_sequences'], row['sequence_length'], row['seed'], row['tokenizer']) == (16, 32, 0, 'byte')
         assert len(row['probe_sha256']) == 64
     for row in record['rows']:
         assert 0 < row['diversity'] < 1 and row['ci95'] > 0 and row['n_batches'] == 4
-    one = record['rows'][0]
-    assert 0 < one['ngram_diversity'] <= 1 and 0 < one['overlap_two'] < 1
+    assert all(0 < row['ngram_diversity'] <= 1 and 0 < row['overlap_two'] < 1 for row in record['rows'])
+    assert [row['shares'] for row in record['rows']][1:] == [dict(two=1), dict(one=.75, two=.25), dict(one=.5, two=.5)]
     assert all(c['alignment'] == 1 - c['cross_diversity'] for c in record['cross'])
     assert 'cross_diversity' in capsys.readouterr().out and os.path.exists(tmp_path / 'd' / 'table.csv')
 

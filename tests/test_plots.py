@@ -256,3 +256,54 @@ def test_script_takes_paths_and_its_help_needs_no_matplotlib(sweep, tmp_path):
     assert done.returncode == 0 and 'plot_dir' in done.stdout and 'matplotlib' not in done.stderr
     done = run_script('plots.py', sweep / 'none', sweep / 'vanilla')
     assert done.returncode == 1 and done.stderr.startswith('error: no run at') and done.stderr.count('\n') == 1
+
+
+# --- loss against diversity ---
+
+PROTOCOL = dict(n_sequences=64, seed=0)
+
+
+def make_experiment(out, protocol=PROTOCOL):
+    """Diversities of a, b and their mix; two seeds of each, scored on two sets."""
+    rows, scored = [], []
+    for name, mix, value in (('a', 'a:1', 0.1), ('b', 'b:2', 0.2), ('mix', 'a:0.5,b:0.5', 0.3)):
+        shares = {'mix': {'a': 0.5, 'b': 0.5}}.get(name, {name: 1.0})
+        rows.append(dict(data=name, diversity=value, ci95=0.01, shares=shares))
+        for seed in (0, 1):
+            path = make_run(out / f'{name}{seed}', log=False, data_mix=mix, dataset='ignored')
+            scored += [dict(from_ckpt=f'{path}/ckpt.pt' if seed else path, data=f'{part}/test', split='test',
+                            loss_nats=value * 10 + seed + (part == 'y')) for part in ('x', 'y')]
+    os.makedirs(out / 'diversity')
+    runs.write_json(out / 'diversity' / 'run.json', dict(run_id='diversity', protocol=protocol, rows=rows))
+    os.makedirs(out / 'eval-1')
+    runs.write_json(out / 'eval-1' / 'run.json', dict(run_id='eval-1', rows=scored, first_token='score'))
+
+
+def test_diversity_figure_joins_runs_to_the_sets_they_were_trained_on(tmp_path, monkeypatch, capsys):
+    make_experiment(tmp_path / 'out')
+    drawn, real = {}, plots.draw_diversity
+    monkeypatch.setattr(plots, 'draw_diversity', lambda found, plt: drawn.update(found) or real(found, plt))
+    plots.main([f'--out={tmp_path / "out"}', f'--plot_dir={tmp_path / "plots"}'])
+    assert (tmp_path / 'plots' / 'diversity.png').stat().st_size > 5000
+    assert drawn['x/test'] == dict(a=(0.1, 0.01, [1, 2]), b=(0.2, 0.01, [2, 3]), mix=(0.3, 0.01, [3, 4]))
+    assert drawn['y/test']['b'] == (0.2, 0.01, [3, 4]) and len(drawn) == 2
+    figure = real(drawn, plt)
+    dots = [line.get_ydata().tolist() for line in figure.axes[0].lines if line.get_marker() == 'o']
+    assert dots == [[1, 2], [2, 3], [3, 4]]
+    bars = [c for c in figure.axes[0].containers]
+    assert [np.ptp(c.lines[2][1].get_segments()[0][:, 1]) for c in bars] == pytest.approx([2 * 0.5 ** 0.5] * 3)
+    plt.close(figure)
+
+
+def test_diversities_of_two_protocols_are_refused(tmp_path):
+    make_experiment(tmp_path / 'out')
+    os.makedirs(tmp_path / 'out' / 'other')
+    runs.write_json(tmp_path / 'out' / 'other' / 'run.json', dict(run_id='other', protocol=dict(PROTOCOL, seed=1)))
+    with pytest.raises(UserError, match='2 protocols cannot share a figure: diversity, other'):
+        plots.main([f'--out={tmp_path / "out"}', f'--plot_dir={tmp_path / "plots"}'])
+
+
+def test_diversity_without_trainings_is_skipped_and_said(tmp_path, capsys):
+    make_experiment(tmp_path / 'out')
+    plots.main([str(tmp_path / 'out' / 'diversity'), f'--plot_dir={tmp_path / "plots"}'])
+    assert 'skipped diversity' in capsys.readouterr().out

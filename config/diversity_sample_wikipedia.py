@@ -1,0 +1,19 @@
+# python train.py config/diversity_sample_wikipedia.py
+# COST about 2 minutes on one CPU core.
+# Needs: python prepare_pile.py --subsets=wikipedia,pubmed,uspto --tokenizer=byte --prefix=byte_ (870,400 bytes of each)
+# The CPU-sized controlled experiment: same steps, same unique bytes.
+# Here: Wikipedia.
+out_dir = 'out/diversity_sample_wikipedia'
+data_mix = 'byte_wikipedia:1'
+train_only_on_leading_tokens = 870_400      # unique bytes, 3,400 blocks; a mixture takes half of each source
+model = 'transformer200k'
+block_size = 256
+positions = 'rotary'
+max_iters = 425                 # two passes
+batch_size = 16
+learning_rate = 2e-3
+schedule = 'cosine'
+warmup_iters = 40
+log_interval = 50
+eval_blocks = 200
+final_train_blocks = 400
