@@ -6,7 +6,8 @@ from configurator import UserError, knobs_of, require
 
 DATA = ('dataset', 'data_mix', 'stop_when', 'data sha256', 'unique training tokens')    # may differ: the question asked
 NEUTRAL = ('out_dir experiment_name overwrite check tokens_per_second data_dir verify log_every log_interval '
-           'checkpoint_time max_runtime keep_last sharded_ckpt wandb_log wandb_project').split()   # change no weight
+           'final_train_blocks checkpoint_time max_runtime keep_last sharded_ckpt wandb_log '
+           'wandb_project').split()                                     # change no weight
 FACTS = ('n_params', 'seq_length', 'n_steps', 'tokens_seen', 'commit')
 
 
@@ -16,7 +17,7 @@ def settings(record, knobs):
     found = {name: record[name] for name in sorted(knobs) if name in record and name not in NEUTRAL}
     if found.get('init_from') == 'resume':                              # a run that was interrupted is no other run
         found['init_from'] = 'scratch'
-    return {'status': record.get('status', ''), **found, 'data sha256': data.get('sha256', ''),
+    return {'status': record.get('status', ''), **found, 'data sha256': data.get('sha256', '')[:16],
             'tokenizer': data.get('tokenizer', ''), 'unique training tokens': data.get('n_tokens', ''),
             **{name: record.get(name, '') for name in FACTS}}
 

@@ -354,13 +354,13 @@ def main(argv=None):
     print(f'{table}\nwrote {out_dir}')
     if bounds:
         *texts, low, high = (row['diversity'] for row in rows)
-        missing = math.exp(-n_sequences * sequence_length / args['vocab_size'])
-        if missing < 0.01:
-            print(f'random tokens are no upper bound here: {n_sequences * sequence_length:,} of them hold all'
-                  f' {args["vocab_size"]:,} ids, so that one batch is like another')
-        bad = 'this probe and protocol do not measure diversity'
+        bad, batch = 'this probe and protocol do not measure diversity', n_sequences * sequence_length
+        full = math.exp(-batch / args['vocab_size']) < 0.01             # the share of ids that a random batch lacks
         require((low < min([*texts, high]), f'constant text ({low:.4f}) is not below the others: {bad}'),
-                (missing < 0.01 or high > max([*texts, low]), f'random tokens ({high:.4f}) are not above texts: {bad}'))
+                (full or high > max([*texts, low]), f'random tokens ({high:.4f}) are not above the texts: {bad}'))
+        if high <= max([*texts, low]):
+            print(f'random tokens are no upper bound here: {batch:,} of them hold all {args["vocab_size"]:,} ids, so'
+                  ' that one batch is like another')
     return 0
 
 
