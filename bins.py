@@ -45,10 +45,10 @@ def _hash_into(sha, path, limit):
 class BinWriter:
     """Write one split under a temporary name; commit() makes it appear, without it nothing looks finished.
 
-    resume_bytes > 0 continues a temporary file that holds at least that many good bytes.
+    resume_bytes > 0 continues a temporary file that holds at least that many good bytes, resume_documents its index.
     """
 
-    def __init__(self, folder, split, dtype='uint8', resume_bytes=0):
+    def __init__(self, folder, split, dtype='uint8', resume_bytes=0, resume_documents=0):
         os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, f'{split}.bin')
         self.split, self.dtype = split, np.dtype(dtype).newbyteorder('<')
@@ -62,6 +62,9 @@ class BinWriter:
         self.sha = _hash_into(hashlib.sha256(), self.tmp, resume_bytes) if resume_bytes else hashlib.sha256()
         self.n_bytes = resume_bytes
         self.file, self.index = open(self.tmp, 'ab' if resume_bytes else 'wb'), None
+        if resume_documents:
+            self.index = open(self.path.removesuffix('.bin') + '.index.bin.tmp', 'ab')
+            self.index.truncate(8 * resume_documents)
 
     def write(self, tokens, text_bytes=None, documents=1):
         """Append bytes (byte data) or an array of ids; text_bytes is the length of the text they stand for."""
@@ -90,9 +93,10 @@ class BinWriter:
         return self.n_bytes // self.dtype.itemsize
 
     def flush(self):
-        """Push everything to disk, so that n_bytes may be recorded as a place to resume from."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Push everything to disk, so that n_bytes and documents may be recorded as a place to resume from."""
+        for file in filter(None, (self.file, self.index)):
+            file.flush()
+            os.fsync(file.fileno())
 
     def commit(self):
         """Give the file its final name and return its entry for meta.json."""
@@ -166,7 +170,7 @@ class Bin:
         self.tokens, self.n_tokens, self.vocab_size, self.start_id = tokens, len(tokens), vocab_size, start_id
         self.text_bytes = len(tokens) if text_bytes is None else text_bytes
         self.sha256, self.name, self.split, self.tokenizer = sha256, name, split, tokenizer
-        self.words, self.byte_lengths = words, byte_lengths            # 0, None: not known
+        self.words, self.byte_lengths, self.index = words, byte_lengths, ''     # 0, None, '': not known
 
     def head(self, n_tokens):
         """Return the leading n_tokens (0: all) as a Bin: text bytes counted by id, words a share of the whole."""
@@ -177,9 +181,11 @@ class Bin:
         else:
             text_bytes = sum(int(self.byte_lengths[self.tokens[i:min(i + (1 << 20), n_tokens)]].sum(dtype=np.int64))
                              for i in range(0, n_tokens, 1 << 20))
-        return Bin(self.tokens[:n_tokens], self.vocab_size, self.start_id, text_bytes, f'{self.sha256}:{n_tokens}',
+        part = Bin(self.tokens[:n_tokens], self.vocab_size, self.start_id, text_bytes, f'{self.sha256}:{n_tokens}',
                    self.name, self.split, self.tokenizer, round(self.words * n_tokens / self.n_tokens),
                    self.byte_lengths)
+        part.index = self.index
+        return part
 
     def count_words(self):
         """Count the words of the text: of bytes here and now, of ids as it was counted when they were made, or 0."""
@@ -243,8 +249,10 @@ def open_bin(data_dir, dataset, split, verify=False):
         raise UserError(f'{path} does not have the SHA-256 of meta.json ({entry["sha256"]}); {again}')
     table = os.path.join(folder, meta['tokenizer'].get('token_bytes') or 'none')
     lengths = np.fromfile(table, '<u2') if os.path.exists(table) else None
-    return Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
-               meta['tokenizer']['name'], entry.get('words', 0), lengths)
+    found = Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
+                meta['tokenizer']['name'], entry.get('words', 0), lengths)
+    found.index = os.path.join(folder, entry['index']) if 'index' in entry else ''
+    return found
 
 
 def split_names(data_dir, dataset):

@@ -118,14 +118,14 @@ class Component:
         self.name, self.folder, self.tok, self.meta, self.waiting = name, folder, tok, meta, []
         self.writers = {}
         for split in SPLITS:
-            old = state.get(split, dict(n_bytes=0, text_bytes=0, documents=0))
-            writer = self.writers[split] = BinWriter(folder, split, meta['dtype'], old['n_bytes'])
-            writer.text_bytes, writer.documents = old['text_bytes'], old['documents']
+            old = state.get(split, dict(n_bytes=0, text_bytes=0, documents=0, words=0))
+            writer = self.writers[split] = BinWriter(folder, split, meta['dtype'], old['n_bytes'], old['documents'])
+            writer.text_bytes, writer.documents, writer.words = old['text_bytes'], old['documents'], old['words']
 
     def state(self):
         for writer in self.writers.values():
             writer.flush()
-        return {s: dict(n_bytes=w.n_bytes, text_bytes=w.text_bytes, documents=w.documents)
+        return {s: dict(n_bytes=w.n_bytes, text_bytes=w.text_bytes, documents=w.documents, words=w.words)
                 for s, w in self.writers.items()}
 
     @property
@@ -138,14 +138,21 @@ class Component:
             return 0
         writer = self.writers[split]
         before, end = writer.tokens, b'\n\n\n' if self.tok is None else np.array([self.tok.end])
-        parts = [end] if eot and before else []
-        for part in [*parts, *ids]:
-            room = max_tokens - writer.tokens if max_tokens and split == 'train' else len(part)
-            part = part[:room]
-            n_bytes = len(part) if self.tok is None else int(self.tok.byte_lengths[part].sum())
-            writer.write(part, text_bytes=n_bytes, documents=0)
-        writer.documents += 1
+        if eot and before:
+            self.put(writer, end)
+        if not self.full:
+            writer.begin_document()
+            for part in ids:
+                self.put(writer, part)
+            writer.words += len(text.encode('utf-8', 'replace').split()) if self.tok else 0     # of bytes: on demand
         return writer.tokens - before
+
+    def put(self, writer, part):
+        """Write bytes or ids, as many as max_tokens leaves room for."""
+        if max_tokens and writer is self.writers['train']:
+            part = part[:max_tokens - writer.tokens]
+        n_bytes = len(part) if self.tok is None else int(self.tok.byte_lengths[part].sum())
+        writer.write(part, text_bytes=n_bytes, documents=0)
 
 
 def flush(waiting, tok):

@@ -94,11 +94,12 @@ def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_bl
 class Units:
     """Loss of each document of a split, or of each block of it where there are few, for the interval of their mean.
 
-    Documents end where end-of-text stands in BPE data, and in byte data three newlines or Wiki-40B's article mark.
+    Documents start where the index of the set says, else after the marks between them.
     """
 
     def __init__(self, data):
-        self.edges, self.kind = np.unique([0, *document_starts(data)]), 'documents'
+        starts = np.fromfile(data.index, '<u8').astype(np.int64) if data.index else np.array([*document_starts(data)])
+        self.edges, self.kind = np.unique(np.append(0, starts[starts < data.n_tokens])).astype(np.int64), 'documents'
         if len(self.edges) < FEW_DOCUMENTS:
             length = max(1, round(BLOCK_BYTES * data.n_tokens / max(data.text_bytes, 1)))
             self.kind = f'blocks of {BLOCK_BYTES:,} bytes, as there are only {len(self.edges)} documents'
@@ -123,7 +124,7 @@ class Units:
 
 
 def document_starts(data):
-    """Yield where documents start, as far as marks between them tell, in constant memory."""
+    """Yield where marks between documents end: end-of-text, three newlines, Wiki-40B's own; in constant memory."""
     for start in range(0, data.n_tokens if data.tokenizer != 'byte' else 0, 1 << 20):
         yield from (np.flatnonzero(data.tokens[start:start + (1 << 20)] == data.start_id) + start).tolist()
     wiki40b = data.tokens[:17].tobytes() == b'\n_START_ARTICLE_\n'

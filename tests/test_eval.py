@@ -426,13 +426,16 @@ def test_interval_is_the_bootstrap_over_documents(tmp_path):
     assert 'loss_low' not in (next((tmp_path / 'off').iterdir()) / 'table.md').read_text()
 
 
-def test_few_documents_give_way_to_blocks_of_2048_bytes():
+def test_few_documents_give_way_to_blocks_of_2048_bytes(tmp_path):
     import score
     few = bins.Bin(np.frombuffer(b'\n\n\n'.join([b'x' * 3000] * 5), np.uint8), name='few')
     units = score.Units(few)
     assert units.edges.tolist() == list(range(0, 15012, 2048)) and 'only 5 documents' in units.kind
     many = bins.Bin(np.array([7, 50, 7] * 40 + [7], np.uint16), 60, start_id=50, text_bytes=500, tokenizer='gpt2')
     assert score.Units(many).edges.tolist() == [0, *range(1, 120, 3)]
+    many.index = str(tmp_path / 'index')
+    np.arange(0, 200, 2, dtype='<u8').tofile(many.index)    # what the set itself says comes first
+    assert score.Units(many).edges.tolist() == list(range(0, 121, 2))
     wiki = bins.Bin(np.frombuffer(b'\n_START_ARTICLE_\nA\n\n\nb' * 30, np.uint8))
     assert score.Units(wiki).edges.tolist() == list(range(0, 22 * 30, 22))
     mark = bins.Bin(np.frombuffer((b'x' * ((1 << 20) - 2) + b'\n\n\n') * 2 + b'abc\n\n\n' * 30, np.uint8))

@@ -65,7 +65,10 @@ def test_components_are_told_apart_in_one_pass_and_splits_are_disjoint():
         assert 1 <= len(parts['val']) < 0.4 * len(expected)
         meta = bins.read_meta('data', name)
         assert meta['source']['component'] == component and meta['splits']['val']['documents'] == len(parts['val'])
-        bins.open_bin('data', name, 'train', verify=True)
+        data = bins.open_bin('data', name, 'train', verify=True)
+        starts = np.fromfile(f'data/{name}/train.index.bin', '<u8')
+        assert starts.tolist() == [0, *(np.cumsum([len(t.encode()) + 3 for t in parts['train']])[:-1])]
+        assert data.index.endswith('train.index.bin') and data.head(9).index == data.index
     assert not os.path.exists('data/uspto') and not os.path.exists('data/pubmed/resume.json')
 
 
@@ -75,10 +78,12 @@ def test_bpe_has_end_of_text_between_documents_or_the_published_recipe():
     prepare('--subsets=pubmed', '--tokenizer=tokenizer.json')
     prepare('--subsets=pubmed', '--tokenizer=tokenizer.json', '--no-eot', '--prefix=plain_')
     ids, plain = (bins.open_bin('data', n, 'train', verify=True) for n in ('pubmed', 'plain_pubmed'))
-    n_documents = bins.read_meta('data', 'pubmed')['splits']['train']['documents']
+    entry = bins.read_meta('data', 'pubmed')['splits']['train']
+    n_documents = entry['documents']
     assert (ids.tokens == end).sum() == n_documents - 1 and np.array_equal(ids.tokens[ids.tokens != end], plain.tokens)
     prepare('--subsets=pubmed', '--prefix=bytes_')
     whole = ''.join(texts('bytes_pubmed'))
+    assert entry['words'] == sum(len(t.split()) for t in texts('bytes_pubmed')) == ids.count_words()
     assert tok.decode(plain.tokens.tolist()) == whole and plain.text_bytes == ids.text_bytes == len(whole.encode())
 
 
@@ -118,6 +123,9 @@ def test_interrupted_preparation_continues_to_the_same_bytes(stop_at, max_tokens
     for name in ('pubmed', 'uspto'):
         whole, mine = (bins.read_meta(folder, name)['splits'] for folder in ('whole', 'data'))
         assert whole == mine and bins.open_bin('data', name, 'val', verify=True)
+        for split in whole:
+            with open(f'whole/{name}/{split}.index.bin', 'rb') as f, open(f'data/{name}/{split}.index.bin', 'rb') as g:
+                assert f.read() == g.read()
     stamp = os.stat('data/pubmed/train.bin').st_mtime_ns
     prepare(*flags)                                                     # a finished set is checked, not made again
     assert os.stat('data/pubmed/train.bin').st_mtime_ns == stamp
