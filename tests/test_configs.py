@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import configurator
 import distill
+import diversity
 import train
 
 _LISTED = subprocess.run(['git', '-C', ROOT, 'ls-files', 'config/*.py'], capture_output=True, text=True,
@@ -91,7 +92,7 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
     """Importing trains nothing, reads no command line and prints nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
-    for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text'):
+    for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text', 'prepare_pile', 'diversity'):
         spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
@@ -125,3 +126,26 @@ def test_a_control_differs_in_the_teacher_alone(taught, control, start):
     a, b = values_of(taught, distill), values_of(control, distill)
     assert {k for k in a if a[k] != b[k]} <= {'out_dir', 'a_ce', 'a_clm', 'a_cos'} | start
     assert (b['a_ce'], b['a_clm'], b['a_cos'], b['a_mse'], b['a_hidden']) == (0, 1, 0, 0, 0) and a['a_ce'] > 0
+
+
+def test_the_published_settings_of_the_diversity_experiments():
+    """METHODS §4: nothing differs but the training set; 51.48 M parameters, 1.31 B tokens, AdamW 5e-5 to 0, linear."""
+    from model import config_from_knobs, n_parameters
+    for size, millions in (('51m', 51.48), ('117m', 124.44)):
+        v = [values_of(f'diversity_{size}_{name}.py', train) for name in ('pubmed', 'uspto', 'mix')]
+        assert {k for w in v for k in w if w[k] != v[0][k]} == {'out_dir', 'data_mix'}
+        assert v[2]['data_mix'] == 'pubmed:0.5,uspto:0.5'
+        assert round(n_parameters(config_from_knobs(v[0], 50257)) / 1e6, 2) == millions
+        assert (v[0]['max_iters'], v[0]['batch_size'], v[0]['block_size'], v[0]['learning_rate'], v[0]['schedule'],
+                v[0]['min_learning_rate_ratio'], v[0]['warmup_iters'], v[0]['weight_decay'], v[0]['dropout']) == (
+                    20_000, 64, 1024, 5e-5, 'linear', 0, 0, 0, 0.1)
+    sample = [values_of(f'diversity_sample_{name}.py', train)
+              for name in ('wikipedia', 'pubmed', 'uspto', 'pubmed_uspto', 'wikipedia_pubmed')]
+    assert {k for w in sample for k in w if w[k] != sample[0][k]} == {'out_dir', 'data_mix'}
+    w = sample[0]                                               # at most two passes over the same number of bytes
+    assert w['max_iters'] * w['batch_size'] * w['block_size'] <= 2 * w['train_only_on_leading_tokens']
+    measured = values_of('diversity_sample_task2vec.py', diversity)
+    assert measured['max_tokens'] == w['train_only_on_leading_tokens'] and measured['sequence_length'] == 128
+    published = values_of('diversity_task2vec.py', diversity)
+    assert (published['n_sequences'], published['sequence_length'], published['head_epochs'],
+            published['head_batch_size'], published['head_learning_rate']) == (512, 128, 10, 8, 5e-5)

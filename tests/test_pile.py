@@ -1,11 +1,13 @@
 """prepare_pile.py on small shards in the Pile's format, written here: components, resumption, damage, one pass."""
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import zstandard
-from test_prepare import byte_level_bpe
+from test_prepare import ROOT, byte_level_bpe
 
 import bins
 import prepare_pile
@@ -203,3 +205,26 @@ def test_records_without_names_point_to_whole_source():
         f.write('{"text": "a deduplicated Pile has no names"}\n')
     with pytest.raises(UserError, match='no meta.pile_set_name.*--whole_source'):
         prepare('--subsets=pubmed', '--source=x.jsonl')
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='RssAnon is Linux')
+def test_memory_does_not_grow_with_the_stream():
+    """Anonymous memory over shards of 3 and of 60 MB differs by a fraction of the text."""
+    code = ('import sys, threading, time; import prepare_pile; peak = 0\n'
+            'def anon(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])\n'
+            'def watch():\n    global peak\n    while True: peak = max(peak, anon()); time.sleep(0.005)\n'
+            'threading.Thread(target=watch, daemon=True).start()\n'
+            'prepare_pile.main(sys.argv[1:]); print(max(peak, anon()))')
+    peaks = []
+    for megabytes in (3, 60):
+        records = (json.dumps(dict(text=f'{i} {os.urandom(2400).hex()}', meta=dict(pile_set_name=list(SETS)[i % 3])))
+                   for i in range(200 * megabytes))
+        with open('big.jsonl.zst', 'wb') as f, zstandard.ZstdCompressor().stream_writer(f) as out:
+            for record in records:
+                out.write(record.encode() + b'\n')
+        done = subprocess.run([sys.executable, '-c', code, '--source=big.jsonl.zst', '--subsets=pubmed,uspto',
+                               '--tokenizer=byte', f'--prefix=m{megabytes}_'], capture_output=True, text=True,
+                              timeout=60, env=dict(os.environ, PYTHONPATH=ROOT))
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1e3)
+    assert peaks[1] - peaks[0] < 20, peaks
