@@ -8,7 +8,8 @@ batch of text is embedded by what a probe, its head fitted to the batch, would l
 information (Achille et al. 2019). The coefficient is the mean distance between embeddings of batches of one set (Lee
 et al. 2023), 1 - cross-diversity the alignment of two. Values are comparable under one protocol only, which is stored
 with every number; a folder takes one protocol. Embeddings are kept: the same command goes on where it stopped, and
-later sets join earlier ones.
+later sets join earlier ones. body_diversity leaves out the rows of the token embedding, which say only which ids occur
+in a batch: much of the coefficient is that (LOG).
 """
 import hashlib
 import itertools
@@ -45,7 +46,7 @@ device = 'auto'
 # -----------------------------------------------------------------------------
 
 PROTOCOL = ('n_sequences', 'sequence_length', 'head_epochs', 'head_batch_size', 'head_learning_rate', 'seed')
-SHOWN = 'data diversity ci95 pairs_ci95 n_batches ngram_diversity'.split()
+SHOWN = 'data diversity ci95 pairs_ci95 body_diversity n_batches ngram_diversity'.split()
 EPSILON = 1e-8
 
 
@@ -335,6 +336,7 @@ def main(argv=None):
     held_units = {n: units_of(d) for n, d in others.items()}
     for source in sources:
         row = dict(data=source.name, sha256=source.sha256, **coefficient(found[source.name]))
+        row['body_diversity'] = coefficient(found[source.name][:, args['vocab_size']:])['diversity']
         if source.name in opened:
             row['shares'] = parse_mix(mixes[source.name] or source.name)
             units = units_of(opened[source.name])

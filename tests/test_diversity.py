@@ -183,6 +183,9 @@ def test_numbers_travel_with_their_protocol(home, tmp_path, capsys):
         assert len(row['probe_sha256']) == 64
     for row in record['rows']:
         assert 0 < row['diversity'] < 1 and row['ci95'] > 0 and row['n_batches'] == 4
+        folder = next(p for p in (tmp_path / 'd').iterdir() if p.name.startswith(row['data'] + '-'))
+        body = np.stack([np.load(folder / f'{b}.npy') for b in range(4)]).astype(np.float64)[:, 256:]
+        assert row['body_diversity'] == diversity.coefficient(body)['diversity']
     assert all(0 < row['ngram_diversity'] <= 1 and 0 < row['overlap_two'] < 1 for row in record['rows'])
     assert [row['shares'] for row in record['rows']][1:] == [dict(two=1), dict(one=.75, two=.25), dict(one=.5, two=.5)]
     assert all(c['alignment'] == 1 - c['cross_diversity'] for c in record['cross'])
@@ -214,7 +217,7 @@ def test_constant_text_and_random_tokens_enclose_real_text(home, tmp_path, capsy
     assert measure(home, tmp_path / 'd', '--dataset=one', '--bounds', '--n_batches=6') == 0
     found = {row['data']: row['diversity'] for row in runs.read_run(str(tmp_path / 'd'))['rows']}
     assert found['constant'] < found['one'] < found['random'] and 'no upper bound' not in capsys.readouterr().out
-    values = iter([0.5, 0.1, 0.3])                          # of one, constant and random tokens
+    values = iter([0.5, 0.5, 0.1, 0.1, 0.3, 0.3])           # of one, constant and random tokens, whole and body
     monkeypatch.setattr(diversity, 'coefficient', lambda found: dict(diversity=next(values), n_batches=3))
     assert measure(home, tmp_path / 'many', '--dataset=one', '--bounds', '--n_sequences=64', '--head_epochs=0') == 0
     assert 'random tokens are no upper bound here: 2,048 of them hold all 256' in capsys.readouterr().out
