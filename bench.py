@@ -4,11 +4,13 @@
     python bench.py plain                   our step against a plain nanoGPT-style loop (transformer4.1m, T 256, 2048)
     python bench.py step CONFIG.py          step time, tokens/s and peak memory of a config of train.py or distill.py
     python bench.py distil                  a step of distillation against a student's step and a teacher's forward
+    python bench.py mixture                 a step on a mixture of two sets against one on a single set
     python bench.py codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
 
 Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
 interquartile range of the per-round ratio. Writes --json_path (area -> rows), from which README's numbers are taken.
 """
+import itertools
 import json
 import os
 import statistics
@@ -25,7 +27,7 @@ weight_bits = 0.0               # codec: bits per non-zero weight, as in compres
 json_path = 'bench.json'        # '' = print only
 # -----------------------------------------------------------------------------
 
-VERBS = dict(procedures=0, plain=0, step=1, distil=0, codec=2)
+VERBS = dict(procedures=0, plain=0, step=1, distil=0, mixture=0, codec=2)
 
 
 def interleave(candidates, rounds, env, warmup=2):
@@ -182,6 +184,26 @@ def bench_plain(env):
     return found
 
 
+def bench_mixture(env):
+    """Drawing rows of one set or of two and the same step after it; sources in memory, 10 MB each."""
+    import numpy as np
+
+    from bins import Bin, batch_starts
+    from mixture import Mixture
+    config, rows, T = size_config('transformer200k', 256), 16, 256
+    one, two = (Bin(np.random.default_rng(k).integers(256, size=10 ** 7, dtype=np.uint8), name=str(k)) for k in (1, 2))
+    mix, step, at = Mixture([one, two], [0.5, 0.5], T), training_step(config, env, 'vanilla', rows), itertools.count()
+    draws = {'one set': (one, lambda i: batch_starts('permuted', 0, 0, i, rows, one.n_tokens, T)),
+             'mixture of two': (mix, lambda i: mix.starts('permuted', 0, i, rows))}
+
+    def drawn(data, draw):
+        x, y = data.gather(draw(next(at)), T)
+        env.put(x), env.put(y)
+        return step()
+    steps = {name: lambda pair=pair: drawn(*pair) for name, pair in draws.items()}
+    return ratio_rows(interleave(steps, pairs, env), 'one set', rows * T, f'transformer200k, batch {rows} x {T}')
+
+
 def gpt2_config(**changes):
     from model import SIZES, ModelConfig
     return ModelConfig(**dict(SIZES['gpt2'], vocab_size=50257, positions='learned', activation='gelu_tanh', tied=True)
@@ -314,7 +336,7 @@ def main(argv=None):
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
     rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
-            'distil': bench_distil, 'codec': bench_codec}[verb](env, *paths)
+            'distil': bench_distil, 'mixture': bench_mixture, 'codec': bench_codec}[verb](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' medians of {pairs} rounds')
     print(runs.markdown(rows, tuple(rows[0])))
