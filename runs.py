@@ -147,6 +147,7 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
     parent: the checkpoint that the new run starts from; it may not lie in the folder, which is about to be cleared.
     """
     status, here = read_status(path), os.path.realpath(path)
+    require((os.path.isdir(path) or not os.path.exists(path), f'out_dir {path!r} is a file; choose another --out_dir'))
     if parent and not resume and here in (os.path.realpath(parent), os.path.dirname(os.path.realpath(parent))):
         raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
                         ' choose another --out_dir')

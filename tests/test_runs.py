@@ -250,6 +250,12 @@ def test_run_folder_is_refused_or_replaced_as_asked(tmp_path, status, overwrite,
         assert snapshot(tmp_path) == (before if resume else {'notes.txt': b'mine'})
 
 
+def test_run_folder_that_is_a_file(tmp_path):
+    (tmp_path / 'run').write_text('notes')
+    with pytest.raises(UserError, match='is a file'):
+        runs.open_run_folder(str(tmp_path / 'run'), overwrite=True)
+
+
 def test_overwriting_leaves_no_older_checkpoints_behind(tmp_path):
     """ckpt.pt.1 of the replaced run would pass for an older checkpoint of the new one."""
     (tmp_path / 'run.json').write_text(json.dumps(dict(status='done')))
