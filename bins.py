@@ -165,6 +165,8 @@ def read_meta(data_dir, dataset):
 class Bin:
     """One split of a data set as a memory map: tokens (n_tokens,), read-only, with what meta.json says of it."""
 
+    row_length, padded = 0, False               # of rows.Rows alone
+
     def __init__(self, tokens, vocab_size=256, start_id=NEWLINE, text_bytes=None, sha256='', name='', split='',
                  tokenizer='byte', words=0, byte_lengths=None):
         self.tokens, self.n_tokens, self.vocab_size, self.start_id = tokens, len(tokens), vocab_size, start_id
@@ -252,7 +254,8 @@ def open_bin(data_dir, dataset, split, verify=False):
     found = Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
                 meta['tokenizer']['name'], entry.get('words', 0), lengths)
     found.index = os.path.join(folder, entry['index']) if 'index' in entry else ''
-    return found
+    import rows
+    return rows.Rows.of(found, meta['rows'], entry, folder, again) if 'mask' in entry else found
 
 
 def split_names(data_dir, dataset):
@@ -357,7 +360,7 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
         old = read_meta('', folder)['splits']
         os.remove(path)
         for stale in set(old) - set(writers):
-            for file in filter(None, (old[stale]['file'], old[stale].get('index'))):
+            for file in filter(None, map(old[stale].get, ('file', 'index', 'mask'))):
                 os.remove(os.path.join(folder, file))
     splits = {split: writer.commit() for split, writer in writers.items()}
     for file, content in (extras or {}).items():
@@ -420,8 +423,11 @@ def _unzstd(f):
         raise EOFError('truncated zstd frame')
 
 
-def records_of(path):
-    """Yield (line number, object) of a jsonl file, compressed or not; blank lines are skipped."""
+def records_of(path, on_broken=None):
+    """Yield (line number, object) of a jsonl file, compressed or not; blank lines are skipped.
+
+    on_broken takes the message of a line that is no record, which is then left out.
+    """
     rest, number = b'', 0
     for chunk in itertools.chain(chunks_of(path), (b'\n',)):
         *lines, last = chunk.split(b'\n')
@@ -434,11 +440,14 @@ def records_of(path):
             if line.strip():
                 try:
                     record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError(f'it holds a {type(record).__name__}')
                 except ValueError as e:
-                    raise UserError(f'{path}:{number} is not JSON ({e}); jsonl has one object per line') from None
-                if not isinstance(record, dict):
-                    raise UserError(f'{path}:{number} holds a {type(record).__name__},'
-                                    ' expected an object such as {"text": "..."}')
+                    message = f'{path}:{number} is not JSON ({e}); jsonl has one {{"text": ...}} a line'
+                    if on_broken is None:
+                        raise UserError(message) from None
+                    on_broken(message)
+                    continue
                 yield number, record
 
 

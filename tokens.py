@@ -44,13 +44,13 @@ def load_tokenizer(name, end_of_text='<|endoftext|>', n_threads=0):
 def gpt2_tokenizer(n_threads):
     import gpt2
     enc = gpt2.encoding()
-    pool = ThreadPoolExecutor(n_threads)
+    mapped = ThreadPoolExecutor(n_threads).map if n_threads > 1 else map
     pieces = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)]
     digest = hashlib.sha256(b''.join(len(p).to_bytes(2, 'little') + p for p in pieces)).hexdigest()
     return types.SimpleNamespace(
         name='gpt2', sha256=digest, file='', end=enc.eot_token, decode=enc.decode,
         byte_lengths=np.array([0 if i == enc.eot_token else len(p) for i, p in enumerate(pieces)]),
-        encode=lambda texts: list(pool.map(lambda t: np.array(enc.encode_ordinary(t), np.uint32), texts)))
+        encode=lambda texts: list(mapped(lambda t: np.array(enc.encode_ordinary(t), np.uint32), texts)))
 
 
 def json_tokenizer(path, end_of_text):
