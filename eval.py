@@ -4,6 +4,7 @@
     python eval.py --from_ckpt=out/a,out/b --dataset=sample,mine --baselines    2 checkpoints x 2 sets, and xz & co.
     python eval.py --from_ckpt=out/a --description_length                       the training split too: two-part lengths
     python eval.py --from_ckpt=out/a --minimal_context_window=192               every byte sees at least 192 before it
+    python eval.py --from_ckpt=out/a --pairs=c4meta             the same targets with and without metadata
     python eval.py --from_ckpt=gpt2,out/b --dataset=wikitext103 --stride=512    a hub id; rows overlap by half
 
 In: run folders, checkpoint files, Hugging Face folders or hub ids; data sets. Out: one table, and
@@ -32,6 +33,7 @@ data_dir = 'data'
 dataset = ''                    # data sets, comma-separated; '' = each checkpoint's own
 split = 'test'                  # splits, comma-separated
 max_tokens = 0                  # leading tokens of each split; 0 = the whole split
+pairs = ''                      # sets of prepare_metadata.py, by commas: the same targets with and without metadata
 verify = False                  # check the SHA-256 of the data first
 block_size = 0                  # tokens a row scores; 0 = the checkpoint's own
 batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens
@@ -52,6 +54,9 @@ dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat
 
 SHOWN = ('run data tokens loss_nats loss_low loss_high bits_per_byte perplexity perplexity_per_word accuracy '
          'data_bytes raw_total_bytes nnz4_total_bytes bits_est_total_bytes archive_bytes online_bytes seconds').split()
+SHOWN_PAIRS = ('run data type pieces documents tokens with_nats without_nats difference_nats difference_low '
+               'difference_high with_bits_per_byte without_bits_per_byte with_perplexity without_perplexity true_wins '
+               'seconds').split()
 PIECE = 1 << 20                 # bytes given to a compressor at a time
 
 
@@ -188,15 +193,15 @@ def own_sets(checkpoint):
     return list(parse_mix(checkpoint['data']['dataset'])) if checkpoint['data']['dataset'] else []
 
 
-def check_fit(path, checkpoint, data):
+def check_fit(path, checkpoint, data, length=0):
     """Raise UserError where a checkpoint cannot score a data set under these knobs."""
     tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
-    length, longest = block_size or args['block_size'], args['block_size']
+    length, longest = length or block_size or args['block_size'], args['block_size']
     require((tokenizer == data.tokenizer and data.vocab_size <= args['vocab_size'],
              f"{path} reads {tokenizer!r} tokens with a vocabulary of {args['vocab_size']}, data set {data.name!r}"
              f' holds {data.tokenizer!r} tokens with {data.vocab_size}; prepare the text with the tokenizer of the'
              ' checkpoint'),
-            (length <= longest, f'block_size = {block_size}, {path} was built for at most {longest}'),
+            (length <= longest, f'rows have {length} tokens, {path} was built for at most {longest}'),
             (stride <= length, f'stride = {stride}, expected at most {length}, the rows of {path}'),
             (minimal_context_window <= length,
              f'minimal_context_window = {minimal_context_window}, expected at most {length}, the rows of {path}'),
@@ -243,7 +248,7 @@ def model_rows(path, bins, packed, env):
         own = name in own_sets(checkpoint)
         if not (own or dataset):
             continue
-        started, units = time.time(), score.Units(data) if bootstrap else None
+        started, units, model.left_padding = time.time(), score.Units(data) if bootstrap else None, data.padded
         found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
                                context_of(length), progress=f'{name_of(path)} on {name}/{part}',
                                skip_first=first_token == 'skip', units=units)
@@ -256,6 +261,21 @@ def model_rows(path, bins, packed, env):
         yield dict(run=name_of(path), data=f'{name}/{part}', dataset=name, split=part, from_ckpt=path,
                    sha256=data.sha256, seq_length=length, **found, **sizes, **totals,
                    **known_bytes(path, data, own, packed), seconds=round(time.time() - started, 2))
+
+
+def pair_rows(path, sets, env):
+    """Score one checkpoint on the paired rows of sets {name: {type: arms}}; yield a row per type, pieces and set."""
+    import pairs as paired
+    import runs
+    import score
+    model, _ = runs.load_model(path, env.device)
+    for name, types in sets.items():
+        for t, arms in types.items():
+            started, length = time.time(), arms['with'].row_length
+            for found in paired.evaluate(model, arms, batch_size or score.rows_per_forward(length), env, bootstrap,
+                                         progress=f'{name_of(path)} on {name}, {t}'):
+                yield dict(run=name_of(path), data=name, type=t, from_ckpt=path, seq_length=length, **found,
+                           seconds=round(time.time() - started, 2))
 
 
 def main(argv=None):
@@ -281,29 +301,35 @@ def main(argv=None):
               for p in online))
     import runs
     from bins import open_bin
+    from pairs import open_pairs
     env = runs.Env(device, dtype)
 
     # every input is opened and checked before the first is scored
     bins = {(name, part): open_bin(data_dir, name, part, verify).head(max_tokens)
             for name in sets for part in splits}
+    pair_sets = {name: open_pairs(data_dir, name, verify) for name in listed(pairs)}
+    arms_of_all = [rows for types in pair_sets.values() for arms in types.values() for rows in arms.values()]
     parents, blocks, packed = [], {block_size} - {0}, [read_archive_facts(p) for p in archives]
     for path in paths:
         checkpoint = runs.load_checkpoint(path)
         own = own_sets(checkpoint)
-        require((own or sets, f'{path} names no data set; give one, --dataset=NAME'))
-        for name, part in () if sets else itertools.product(own, splits):
+        require((own or sets or pair_sets, f'{path} names no data set; give one, --dataset=NAME'))
+        for name, part in () if sets or pair_sets else itertools.product(own, splits):
             if (name, part) not in bins:
                 bins[name, part] = open_bin(data_dir, name, part, verify).head(max_tokens)
         for (name, _), data in bins.items():
             if sets or name in own:
                 check_fit(path, checkpoint, data)
+        for data in arms_of_all:
+            check_fit(path, checkpoint, data, data.row_length)
         parents.append(runs.parent_of(path))
         blocks.add(block_size or checkpoint['model_args']['block_size'])
     online = [(facts, next((data for data in bins.values() if holds(facts, data)), None))
               for facts in map(read_archive_facts, online)]
     require(*((data, f"{facts['path']} holds a text that is none of the scored splits; see python compress.py info")
               for facts, data in online))
-    identity = sorted(config.items()), [p['sha256'] for p in parents], [data.sha256 for data in bins.values()]
+    identity = sorted(config.items()), [p['sha256'] for p in parents], [
+        data.sha256 for data in (*bins.values(), *arms_of_all)]
     folder = os.path.join(out, f'eval-{hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()}')
     table_path, before, commit = os.path.join(folder, 'table.md'), runs.read_run(folder), runs.commit_id()
     if before.get('status') == 'done' and before['commit'] == commit and commit and not commit.endswith('-dirty') \
@@ -325,6 +351,9 @@ def main(argv=None):
     for i, path in enumerate(paths):
         for row in model_rows(path, bins, packed[i] if packed else {}, env):
             add(row)
+        if pair_sets:
+            for row in pair_rows(path, pair_sets, env):
+                add(row)
     env.close()
     if not env.main:
         return 0
@@ -334,14 +363,16 @@ def main(argv=None):
                  tokens=n, bits_per_byte=8 * facts['size'] / max(n, 1), archive_bytes=facts['size']))
     if baselines:
         for data in bins.values():
-            if data.tokenizer != 'byte':
+            if data.tokenizer != 'byte' or data.row_length:
                 print(f'no baselines on {data.name}/{data.split}: its .bin holds {data.tokenizer} ids, not the text')
                 continue
             for row in baseline_rows(data, sorted(blocks)):
                 add(row)
         absent = {'zstd -19', 'brotli -q 11', 'bzip3', '7z PPMd', 'zpaq -m5'} - set(streams()) - set(tools(0))
         print(f'compressors not here: {", ".join(sorted(absent)) or "none"}')
-    table = runs.markdown(rows, [c for c in SHOWN if any(c in r for r in rows)])
+    both = [(SHOWN, [r for r in rows if 'pieces' not in r]), (SHOWN_PAIRS, [r for r in rows if 'pieces' in r])]
+    table = '\n'.join(runs.markdown(some, [c for c in shown if any(c in r for r in some)])
+                      for shown, some in both if some)
     with open(table_path, 'w', encoding='utf-8') as f:
         f.write(table + '\n')
     runs.write_csv(os.path.join(folder, 'table.csv'), rows)

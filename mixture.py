@@ -76,6 +76,8 @@ def exhausted_at(counts, blocks, seed):
 class Mixture:
     """Blocks of several sources (bins.Bin) drawn by shares; positions are those of the sources laid end to end."""
 
+    row_length, padded = 0, False
+
     def __init__(self, sources, shares, block_size, stop_when='never'):
         self.sources, self.shares, self.block_size, self.stop_when = sources, shares, block_size, stop_when
         self.counts = row_counts(shares)
@@ -167,7 +169,10 @@ def open_mixture(data_dir, mix, split, block_size, stop_when='never', verify=Fal
     metas = {name: read_meta(data_dir, name) for name in shares}
     kinds = {name: (m['tokenizer']['name'], m['tokenizer']['sha256'], m['vocab_size']) for name, m in metas.items()}
     without = [name for name, m in metas.items() if not m['splits'].get(split, {}).get('tokens')]
-    require((len(set(kinds.values())) == 1, f'data_mix = {mix!r} mixes tokenizers ('
+    as_rows = [name for name, m in metas.items() if 'rows' in m]
+    require((not as_rows, f'{", ".join(as_rows)} of data_mix = {mix!r} is row data, expected sets of running text;'
+             ' train on it with --dataset'),
+            (len(set(kinds.values())) == 1, f'data_mix = {mix!r} mixes tokenizers ('
              + ', '.join(f'{name}: {kind[0]}, vocabulary {kind[2]}' for name, kind in kinds.items())
              + '); prepare all sets with one'),
             (not without, f'{", ".join(without)} of data_mix = {mix!r} has no {split} text;'

@@ -107,13 +107,13 @@ class Attention(nn.Module):
         head_width = config.n_embd // config.n_head
         self.q_norm, self.k_norm = (nn.RMSNorm(head_width, eps=1e-5) if config.qk_norm else nn.Identity() for _ in 'qk')
 
-    def forward(self, x, rope=None, cache=None):
+    def forward(self, x, rope=None, cache=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        mask, causal = None, True
+        causal = mask is None
         if cache is not None:
             if cache:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
@@ -141,8 +141,8 @@ class Block(nn.Module):
         self.norm2, self.feed_forward = make_norm(config, config.n_embd), FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None):
-        x = x + self.drop(self.attention(self.norm1(x), rope, cache))
+    def forward(self, x, rope=None, cache=None, mask=None):
+        x = x + self.drop(self.attention(self.norm1(x), rope, cache, mask))
         return x + self.drop(self.feed_forward(self.norm2(x)))
 
 
@@ -157,6 +157,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.recompute = False                  # activation checkpointing: keep a block's input only, run it twice
+        self.left_padding = False               # an input of -1 is seen by no position but its own (rows.py)
         self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
@@ -192,8 +193,12 @@ class GPT(nn.Module):
         if stop > self.config.block_size:
             raise UserError(f'{stop} positions asked of a model with block_size = {self.config.block_size};'
                             ' use shorter rows')
+        mask = rope = None
+        if self.left_padding:
+            seen = torch.ones(stop, stop, dtype=torch.bool, device=x.device).tril() & (x >= 0)[:, None]     # (B, T, T)
+            mask = (seen | torch.eye(stop, dtype=torch.bool, device=x.device))[:, None]
+            x = x.clamp(min=0)
         h = self.embed(x)
-        rope = None
         if self.config.positions == 'sinusoidal':
             h = h + self.sinusoid[start:stop]
         elif self.config.positions == 'learned':
@@ -203,9 +208,9 @@ class GPT(nn.Module):
         h = self.drop(h)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                h = checkpoint(block, h, rope, use_reentrant=False)
+                h = checkpoint(block, h, rope, None, mask, use_reentrant=False)
             else:
-                h = block(h, rope, cache[i] if cache else None)
+                h = block(h, rope, cache[i] if cache else None, mask)
         return self.norm(h)
 
     def forward(self, x, y=None, cache=None):

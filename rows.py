@@ -60,6 +60,9 @@ class Rows(Bin):
                 dtype=np.int64))
         return part
 
+    def count_words(self):
+        return 0                                        # not counted: rows hold prefixes and padding too
+
     def rows_at(self, starts, length):
         """Return ids and mask (B, length) of rows; a negative start is a row of padding."""
         starts = np.asarray(starts)

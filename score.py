@@ -86,6 +86,8 @@ def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_bl
              units=None):
     """Score and return metrics; text bytes are those of the scored tokens, with skip_first their share of the split."""
     sums = score(model, data, block_size, batch_size, env, minimal_context, max_blocks, progress, skip_first, units)
+    if data.row_length:                                         # prefixes and padding are tokens too, but not scored
+        return metrics(sums, data.head(max_blocks * block_size).text_bytes)
     part = round(data.text_bytes * sums['tokens'] / max(data.n_tokens, 1))
     text_bytes = part if skip_first else data.head(sums['tokens']).text_bytes
     return metrics(sums, text_bytes)

@@ -51,6 +51,7 @@ verify = False                  # check the SHA-256 of the data before training
 order = 'permuted'              # 'permuted' (each block once per epoch), 'sequential', 'random' (with replacement)
 online = False                  # first epoch sequential, its code length is the online description length
 train_only_on_leading_tokens = 0    # 0 = all
+loss_on = 'text'                # row data (prepare_metadata.py): 'text', or 'text+markup' with in-line metadata
 # model; the named size is overridden where the numbers below are > 0
 model = 'transformer200k'       # transformer{200k,800k,3.2m,4.1m,308m}, gpt2{,-medium,-large,-xl}
 n_layer = 0
@@ -115,6 +116,7 @@ wandb_project = 'nanomdl'
 # -----------------------------------------------------------------------------
 
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros')
+PAIRED = ('with_nats', 'without_nats', 'difference_nats', 'true_wins')      # of rows with and without metadata
 MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 
 
@@ -129,6 +131,7 @@ def check_knobs(k, n_ranks):
             one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
             (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
             one_of('stop_when', stop_when, ('never', 'first_exhausted')),
+            one_of('loss_on', loss_on, ('text', 'text+markup')),
             (not data_mix or order != 'random' and not online,
              f"data_mix = {data_mix!r} takes order = 'permuted' or 'sequential' and no --online"),
             *batch_rules(k, n_ranks), *optimizer_rules(k), *shard_rules(k, check or 'RANK' in os.environ),
@@ -147,17 +150,19 @@ def main(argv=None):
     check_knobs(k, n_ranks)
     import torch
 
+    import pairs
     import parallel
     import runs
     import score
     import sparse
-    from bins import batch_starts, key_of, n_blocks
+    from bins import batch_starts, key_of, n_blocks, read_meta
     from mixture import common_splits, open_data
     from model import GPT, config_from_knobs, model_args, optimizer_groups
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):
-        return open_data(data_dir, dataset, data_mix, split, T, stop_when, verify)
+        data = open_data(data_dir, dataset, data_mix, split, T, stop_when, verify)
+        return data.scoring(loss_on) if data.row_length else data
 
     def plan_of(data):
         """Phases of a run on some training data; a mixture may end them where its first source is exhausted."""
@@ -182,8 +187,16 @@ def main(argv=None):
              f'train_only_on_leading_tokens = {train_only_on_leading_tokens:,}, but {data_name!r} has'
              f' {most:,}; use 0 for all, or prepare more data'))
     train_data = train_data.head(train_only_on_leading_tokens)
+    row_length = train_data.row_length
+    pair_sets = pairs.open_pairs(data_dir, dataset) if row_length and 'pairs' in read_meta(data_dir, dataset) else {}
     splits = common_splits(data_dir, dataset, data_mix)
-    require((train_data.n_tokens > 0, f'the training split of {data_name!r} is empty'),
+    require((row_length in (0, T), f'block_size = {T}, {data_name!r} has rows of {row_length} tokens; set'
+             f' --block_size={row_length}'),
+            (not row_length or order != 'random' and not online,
+             f"{data_name!r} is row data, it takes order = 'permuted' or 'sequential' and no --online"),
+            (row_length or loss_on == 'text', f'loss_on = {loss_on!r} needs row data, {data_name!r} has none;'
+             ' make it with prepare_metadata.py'),
+            (train_data.n_tokens > 0, f'the training split of {data_name!r} is empty'),
             ('val' in splits or not (do_pruning or data_mix), f'{data_name!r} has no validation split, which TAMADE and'
              ' mixtures need; prepare one or --no-do_pruning'))
     val_data, test_data = (open_split(s) if s in splits else None for s in ('val', 'test'))
@@ -206,13 +219,13 @@ def main(argv=None):
     if resume:
         old_data, old = start['data'], start['config']
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
-                 'train_only_on_leading_tokens', 'online')
+                 'train_only_on_leading_tokens', 'online', 'loss_on')
         require(*((old_data[k] == data_facts[k], f'cannot resume: {k} is {data_facts[k]!r}, the checkpoint has'
                    f' {old_data[k]!r}; use the original one, or init_from={path} for a new run')
                   for k in ('sha256', 'start_id')),
-                *((old[k] == config[k], f'cannot resume: {k} = {config[k]!r}, the checkpoint has {old[k]!r}')
-                  for k in fixed))
-    raw_model.recompute = activation_checkpointing
+                *((old.get(k, config[k]) == config[k], f'cannot resume: {k} = {config[k]!r}, the checkpoint has'
+                   f' {old.get(k)!r}') for k in fixed))
+    raw_model.recompute, raw_model.left_padding = activation_checkpointing, train_data.padded
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
     named_params = {n: parallel.local(p) for n, p in raw_model.named_parameters()}      # of this rank, from here on
     params = {n: named_params[n] for n in sparse.regularised(raw_model, regularise)}
@@ -240,7 +253,7 @@ def main(argv=None):
     env.barrier()
     micro = micro_batch_size or batch_size // env.world
     rows_per_rank = batch_size // env.world
-    bytes_per_token = train_data.text_bytes / train_data.n_tokens
+    bytes_per_token = train_data.text_bytes / (train_data.n_targets if row_length else train_data.n_tokens)
     eval_rows = score.rows_per_forward(T)
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in raw_model.parameters()),
                             n_steps=n_steps, data=data_facts,
@@ -249,7 +262,7 @@ def main(argv=None):
         print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
               f' {train_data.n_batches(batch_size, seed) * steps_per_chunk:,}')
     signals, started, last_saved, skipped = runs.StopSignals(), time.time(), time.time(), 0
-    state, peaks = {}, (learning_rate, procedure_learning_rate or learning_rate)
+    state, paired, peaks = {}, {}, (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
         log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
         if alpha and procedure in ('drr', 'pmmp') or procedure == 'pmmp':
@@ -271,6 +284,11 @@ def main(argv=None):
             return math.nan
         found = score.evaluate(raw_model, val_data.head(eval_blocks * T), T, eval_rows, env)
         loss, bpb = found['loss_nats'], found['bits_per_byte']
+        for t, arms in pair_sets.items():
+            paired[t] = next(pairs.evaluate(raw_model, arms, eval_rows, env, 0, eval_blocks))
+            note(f'pairs type={t} step={counters["step"]} ' + ' '.join(
+                f'{key}={paired[t][key]:.5f}' for key in PAIRED if key in paired[t]),
+                 **{f'{t}_{key}': paired[t][key] for key in PAIRED if key in paired[t]})
         note(f"val phase={phase['name']} step={counters['step']} loss={loss:.5f} bpb={bpb:.4f}",
              val_loss=loss, val_bits_per_byte=bpb)
         if loss < counters['best_val']:
@@ -488,6 +506,7 @@ def main(argv=None):
                   if counters['online_tokens'] == train_data.n_tokens else None)
     if data_mix:
         totals['drawn'] = drawn()
+    totals.update({f'pairs_{t}_{key}': found[key] for t, found in paired.items() for key in PAIRED if key in found})
     if final_train_blocks:
         found = score.evaluate(raw_model, train_data.head(max(final_train_blocks, 0) * T), T, eval_rows, env,
                                progress='train split')

@@ -133,7 +133,8 @@ def test_annotation_of_a_page():
     """Text, spans and title of a page; script, style, header, footer, iframe and form are gone; tags are nested."""
     html = ('<html><head><title>A  &amp; B</title><style>p{}</style>'
             '<link rel="canonical" href="https://a.org/2018/12/x"></head><body><header>no</header>'
-            '<p id=i>One <b>two</b>&nbsp;<i>three</i><br>four<p>five<script>x<y</script><form><input>no</form><ul><li>a<li>b</ul><footer>no</footer></body></html>')
+            '<p id=i>One <b>two</b>&nbsp;<i>three</i><br>four<p>five<script>x<y</script>'
+            '<form><input>no</form><ul><li>a<li>b</ul><footer>no</footer></body></html>')
     text, found = metadata.read_record(dict(html=html), 'x')
     assert text == 'One two three\nfour\nfive\na\nb'
     assert rendered(text, *found['html']) == ('<p id:i>One <b>two</b> <i>three</i>\n<br></br>four</p>\n<p>five\n'
