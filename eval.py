@@ -248,7 +248,7 @@ def model_rows(path, bins, packed, env):
         own = name in own_sets(checkpoint)
         if not (own or dataset):
             continue
-        started, units, model.left_padding = time.time(), score.Units(data) if bootstrap else None, data.padded
+        started, units = time.time(), score.Units(data) if bootstrap else None
         found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
                                context_of(length), progress=f'{name_of(path)} on {name}/{part}',
                                skip_first=first_token == 'skip', units=units)

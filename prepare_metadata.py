@@ -6,9 +6,9 @@
 
 In: records in BigScience's format (metadata.py), or plain ones with text (or html) and url, title, ...; .jsonl, .gz,
 .zst, or a hub id. Out: train, val, test (rows as drawn) and pairs_TYPE_{with,without,other}: pieces of validation
-documents with that type, without it, and behind the prefix of another document; all score the same targets. pairs_all
-has every type of --types that a document has. Documents are split by the hash of their text: the same under every
-control. An interrupted run goes on where it saved last; memory is constant.
+documents with that type, without it, and behind the prefix of another document; all score the same targets. pairs_all,
+where there are several types, has all of them that a document has. Documents are split by the hash of their text: the
+same under every control. An interrupted run goes on where it saved last; memory is constant.
 """
 import collections
 import functools
@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -205,6 +206,7 @@ class Splits:
         self.folder, self.state = folder, state
         self.cutter = Worker(config, weights).cutter
         self.meta, self.names, self.writers = tokenizer_meta(self.cutter.tok), listed(types), {}
+        self.paired = self.names + ['all'] * (len(self.names) > 1)
         for split in state['splits']:
             self.open(split)
 
@@ -229,7 +231,7 @@ class Splits:
             self.open(split).write(document['ids'], document['masks'])
         if document['of_val']:
             text, items = document['of_val']
-            for t in [t for t in self.names if t in items] + ['all'] * bool(items):
+            for t in [t for t in self.paired if t in items or t == 'all' and items]:
                 if state['paired'].get(t, 0) < pair_documents:
                     self.add_pair(t, text, items, self.names if t == 'all' else [t])
 
@@ -250,23 +252,32 @@ class Splits:
     def full(self):
         """Say whether nothing more is wanted: train has max_bytes and every type its pairs."""
         return bool(max_bytes) and self.state['train_bytes'] >= max_bytes and all(
-            self.state['paired'].get(t, 0) >= pair_documents for t in self.names + ['all'])
+            self.state['paired'].get(t, 0) >= pair_documents for t in self.paired)
 
     def save(self, path):
         self.state['splits'] = {split: writer.state() for split, writer in self.writers.items()}
         write_json(path, self.state)
+
+    def abort(self):
+        """Leave nothing behind."""
+        for writer in self.writers.values():
+            writer.abort()
+        if os.path.isdir(self.folder) and set(os.listdir(self.folder)) <= {'resume.json'}:
+            shutil.rmtree(self.folder)
 
     def finish(self, recorded_argv, weights):
         """Check that nothing asked for is missing, give the files their names and write meta.json."""
         state = self.state
         never = [t for t in self.names if not state['present'].get(t)]
         empty = [s for s, share in zip(DRAWN, (1, val_fraction, test_fraction)) if share and s not in self.writers]
+        if never or empty:
+            self.abort()
         require((not never, f'{", ".join(never)} of types = {types!r} occurs in none of {state["records"]:,} records'
                  f' (they have {", ".join(state["present"]) or "none of the types"}); leave it out, or --annotate'),
                 (not empty, f'{" and ".join(empty)} would be empty, {state["records"]:,} documents were read, expected'
                  ' some in each; give more documents, or a larger --val_fraction and --test_fraction'))
         pairs = {t: {arm: f'pairs_{t}_{arm}' for arm in ARMS if f'pairs_{t}_{arm}' in self.writers}
-                 for t in self.names + ['all'] if f'pairs_{t}_with' in self.writers}
+                 for t in self.paired if f'pairs_{t}_with' in self.writers}
         for arms in pairs.values():
             scored = {self.writers[split].scored['text'] for split in arms.values()}
             require((len(scored) == 1, f'the arms of {arms} score {scored} tokens, expected one number'))
@@ -393,9 +404,11 @@ def main(argv=None):
         if splits.full:
             break
     bar.close()
-    splits.finish(recorded_argv, weights)
-    if os.path.exists(path):
-        os.remove(path)
+    try:
+        splits.finish(recorded_argv, weights)
+    finally:                                                            # made, or not to be made of this source
+        if os.path.exists(path):
+            os.remove(path)
 
 
 if __name__ == '__main__':

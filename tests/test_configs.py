@@ -149,3 +149,17 @@ def test_the_published_settings_of_the_diversity_experiments():
     published = values_of('diversity_task2vec.py', diversity)
     assert (published['n_sequences'], published['sequence_length'], published['head_epochs'],
             published['head_batch_size'], published['head_learning_rate']) == (512, 128, 10, 8, 5e-5)
+
+
+def test_the_published_settings_of_metadata():
+    """METHODS §5: GPT-2 on 256 rows of 1,024 for 100,000 steps; the five runs differ in their data alone."""
+    found = [values_of(f'metadata_{name}.py', train) for name in ('all', 'url', 'html', 'none', 'samecontext')]
+    v = found[0]
+    assert (v['model'], v['positions'], v['activation'], v['tied'], v['batch_size'], v['max_iters'], v['warmup_iters'],
+            v['learning_rate'], v['beta1'], v['beta2'], v['adam_epsilon'], v['weight_decay'], v['seed']) == (
+                'gpt2', 'learned', 'gelu_tanh', True, 256, 100_000, 6000, 1e-4, 0.9, 0.98, 1e-6, 0.01, 42)
+    small = [values_of(f'metadata_sample_{name}.py', train) for name in ('none', 'url', 'title', 'samecontext')]
+    for runs in (found, small):
+        assert len({w['dataset'] for w in runs}) == len(runs)
+        assert all({k for k in runs[0] if runs[0][k] != w[k]} <= {'out_dir', 'dataset'} for w in runs)
+    assert small[0]['max_iters'] * small[0]['batch_size'] * small[0]['block_size'] == pytest.approx(1.5e6, rel=1e-3)

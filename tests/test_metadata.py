@@ -331,11 +331,12 @@ def test_types_are_drawn_by_weight():
     (['--control=same'], 'control = .*samecontext'), (['--source=nothing*.jsonl'], 'no file matches'),
     (['--type_weights=url:1'], 'expected a number above 0 for each of url,title,html'),
     (['--annotate'], 'expected a path.jsonl.gz with --annotate')])
-def test_bad_input_is_one_line(prepare, flags, message):
+def test_bad_input_is_one_line(prepare, tmp_path, flags, message):
     """Value, expectation, cure; nothing that looks finished is left."""
     with pytest.raises(UserError, match=message) as e:
         prepare(*flags)
     assert '\n' not in str(e.value).replace('\n  ', '')
+    assert os.listdir(tmp_path) == ['records.jsonl.gz']
 
 
 def test_broken_lines_stop_or_are_counted(prepare, tmp_path):
