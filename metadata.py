@@ -26,11 +26,11 @@ KEPT = ('class', 'id')                  # attributes of html that are rendered
 
 def read_record(record, where):
     """Return (text, {type: [items]}) of a record; annotate it where it has no metadata. where: for messages."""
-    columns = [v for k, v in record.items() if k.startswith('metadata_')]
-    if 'metadata' not in record and not columns:
+    columns = [v for k, v in record.items() if k.startswith('metadata_') and v is not None]
+    if record.get('metadata') is None and not columns:                  # None: a table's way to have no such column
         return annotate(record, where)
     text = text_of(record, where)
-    lists, found = columns if 'metadata' not in record else [record['metadata']], {}
+    lists, found = columns if record.get('metadata') is None else [record['metadata']], {}
     for item in (item for one in lists for item in one or ()):
         if not (isinstance(item, dict) and isinstance(item.get('key'), str)
                 and item.get('type') in ('global', 'local')):

@@ -50,9 +50,10 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
     n_rows = min(n_rows, max_blocks or n_rows)
     rows = islice(rows, env.rank, n_rows, env.world)
     sums = torch.zeros(3, dtype=torch.float64)
-    was_training, had_padding = model.training, model.left_padding
+    was_training = model.training
     model.eval()
-    model.left_padding = data.padded
+    if data.padded:
+        model.left_padding = True                               # no other data has inputs that it would hide
     bar = tqdm(total=n_rows, desc=progress, unit='row', disable=not (progress and env.main), leave=False, mininterval=1)
     for _ in range(-(-n_rows // (batch_size * env.world))):     # as many on each rank: with FSDP2 all take part in each
         batch = list(islice(rows, batch_size))
@@ -71,7 +72,6 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
         bar.update(len(batch) * env.world)
     bar.close()
     model.train(was_training)
-    model.left_padding = had_padding
     nats, tokens, correct = env.sum(sums).tolist()
     return dict(nats=nats, tokens=int(tokens), correct=int(correct))
 
