@@ -227,7 +227,7 @@ def main(argv=None):
     env.barrier()
     rows_per_rank = batch_size // env.world
     micro = micro_batch_size or rows_per_rank
-    bytes_per_token = train_data.text_bytes / train_data.n_tokens
+    bytes_per_token = train_data.text_bytes / (train_data.n_targets if train_data.row_length else train_data.n_tokens)
     eval_rows = score.rows_per_forward(T)
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in student.parameters()),
                             n_steps=n_steps, data=data_facts, teacher_checkpoint=teacher_facts,

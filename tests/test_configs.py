@@ -92,7 +92,8 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
     """Importing trains nothing, reads no command line and prints nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
-    for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text', 'prepare_pile', 'diversity'):
+    for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text', 'prepare_metadata', 'prepare_pile',
+                 'diversity'):
         spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
