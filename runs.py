@@ -151,14 +151,14 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
     if parent and not resume and here in (os.path.realpath(parent), os.path.dirname(os.path.realpath(parent))):
         raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
                         ' choose another --out_dir')
+    record = read_run(path)
+    if status == 'running' and record.get('host') == platform.node() and record['pid'] != os.getpid() \
+            and alive(record['pid']):
+        raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
     if resume:
         if status == 'done':
             raise UserError(f'{path} holds a finished run, nothing is left to resume;'
                             ' use --overwrite or another --out_dir')
-        record = read_run(path)
-        if status == 'running' and record.get('host') == platform.node() and record['pid'] != os.getpid() \
-                and alive(record['pid']):
-            raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
     elif not overwrite and (status in ('done', 'paused') or os.path.exists(newest_checkpoint(path))):
         how = 'continue it with --init_from=resume, ' if status != 'done' else ''
         raise UserError(f'out_dir {path!r} holds a {status or "checkpointed"} run; {how}'

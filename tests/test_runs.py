@@ -250,6 +250,18 @@ def test_run_folder_is_refused_or_replaced_as_asked(tmp_path, status, overwrite,
         assert snapshot(tmp_path) == (before if resume else {'notes.txt': b'mine'})
 
 
+@pytest.mark.parametrize('overwrite, resume', [(False, False), (True, False), (False, True)])
+def test_a_folder_that_another_process_writes_is_refused(tmp_path, overwrite, resume):
+    """Two runs in one folder: the second clears the log that the first is writing."""
+    (tmp_path / 'run').mkdir()
+    facts = dict(status='running', host=runs.platform.node(), pid=os.getppid())
+    runs.write_json(str(tmp_path / 'run' / 'run.json'), facts)
+    with pytest.raises(UserError, match=f'written by process {os.getppid()}'):
+        runs.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
+    runs.write_json(str(tmp_path / 'run' / 'run.json'), dict(facts, pid=2 ** 22 + 1))
+    runs.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
+
+
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / 'run').write_text('notes')
     with pytest.raises(UserError, match='is a file'):
