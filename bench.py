@@ -338,7 +338,7 @@ def main(argv=None):
     rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
             'distil': bench_distil, 'mixture': bench_mixture, 'codec': bench_codec}[verb](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
-          f' medians of {pairs} rounds')
+          f' {"once each" if verb == "codec" else f"medians of {pairs} rounds"}')
     print(runs.markdown(rows, tuple(rows[0])))
     if json_path:
         table = {}
