@@ -146,14 +146,13 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
 
     parent: the checkpoint that the new run starts from; it may not lie in the folder, which is about to be cleared.
     """
-    status, here = read_status(path), os.path.realpath(path)
+    record, here = read_run(path), os.path.realpath(path)
+    status = record.get('status', '')
     require((os.path.isdir(path) or not os.path.exists(path), f'out_dir {path!r} is a file; choose another --out_dir'))
     if parent and not resume and here in (os.path.realpath(parent), os.path.dirname(os.path.realpath(parent))):
         raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
                         ' choose another --out_dir')
-    record = read_run(path)
-    if status == 'running' and record.get('host') == platform.node() and record['pid'] != os.getpid() \
-            and alive(record['pid']):
+    if runs_here(record) and record['pid'] != os.getpid() and alive(record['pid']):
         raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
     if resume:
         if status == 'done':
@@ -276,8 +275,7 @@ def gather(folder):
     """Read every run.json below folder; a run whose process died without a word (kill -9) has status 'killed'."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     found = [r for r in (read_run(os.path.join(folder, name)) for name in names) if r]
-    return [dict(r, status='killed') if r.get('status') == 'running' and r.get('host') == platform.node()
-            and not alive(r.get('pid', 0)) else r for r in found]
+    return [dict(r, status='killed') if runs_here(r) and not alive(r['pid']) else r for r in found]
 
 
 def write_csv(path, records):
@@ -319,6 +317,11 @@ def unfinished(folder):
         rows.append(dict(record, step=step, percent=100 * step / record['n_steps'], hours_left=left / speed / 3600,
                          seconds_ago=round(time.time() - os.path.getmtime(path))))
     return rows
+
+
+def runs_here(record):
+    """Say whether a run.json is of a run that has not ended and whose process, if it lives, lives on this machine."""
+    return record.get('status') == 'running' and record.get('host') == platform.node()
 
 
 def alive(pid):

@@ -75,6 +75,17 @@ def snapshot(folder):
     return found
 
 
+def same(a, b):
+    """Compare nested dicts, lists and tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
 class OneProcess:
     """What scripts use of runs.Env, for any rank of any world, without a process group."""
 

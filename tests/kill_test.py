@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from conftest import ROOT, TINY, write_dataset
+from conftest import ROOT, TINY, same, write_dataset
 
 from configurator import configure, run
 
@@ -107,18 +107,6 @@ def wait_for(moment, target, folder, process, before, rng):
 
 def phase_of(step):
     return ('prelude', 'main', 'main', 'fine_tuning', 'end')[step // 150]
-
-
-def same(a, b):
-    """Compare nested dicts, lists and tensors to the bit."""
-    import torch
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
 
 
 def differences(unbroken, broken):

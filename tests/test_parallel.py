@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, torchrun
-from test_train import losses_of, same, weights_of
+from conftest import ROOT, TINY, same, torchrun
+from test_train import losses_of, weights_of
 
 import runs
 import train

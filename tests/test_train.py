@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, TINY, OneProcess, make_text, run_script, snapshot, torchrun, write_dataset
+from conftest import ROOT, TINY, OneProcess, make_text, run_script, same, snapshot, torchrun, write_dataset
 
 import bins
 import plan
@@ -37,17 +37,6 @@ def losses_of(folder):
 
 def weights_of(folder, name='ckpt.pt'):
     return runs.load_checkpoint(os.path.join(folder, name))['model']
-
-
-def same(a, b):
-    """Compare nested dicts, lists and tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
 
 
 def knobs(*flags):
