@@ -255,7 +255,7 @@ def open_bin(data_dir, dataset, split, verify=False):
                 meta['tokenizer']['name'], entry.get('words', 0), lengths)
     found.index = os.path.join(folder, entry['index']) if 'index' in entry else ''
     import rows
-    return rows.Rows.of(found, meta['rows'], entry, folder, again) if 'mask' in entry else found
+    return rows.Rows.of(found, meta['rows'], entry, folder, again, verify) if 'mask' in entry else found
 
 
 def split_names(data_dir, dataset):

@@ -170,6 +170,8 @@ def main(argv=None):
     val_data = open_bin(data_dir, dataset, 'val', verify) if 'val' in splits else None
     model_config = config_from_knobs(config, train_data.vocab_size)
     T = model_config.block_size
+    require((train_data.row_length in (0, T), f'block_size = {T}, {dataset!r} has rows of {train_data.row_length}'
+             f' tokens; set --block_size={train_data.row_length}'))
     data_facts = dict(dataset=dataset, sha256=train_data.sha256, start_id=train_data.start_id,
                       tokenizer=train_data.tokenizer)
     teacher_model, taught = runs.load_model(teacher, env.device)
@@ -199,6 +201,7 @@ def main(argv=None):
     if freeze_positions and student.position is not None:
         student.position.requires_grad_(False)
     student.recompute = activation_checkpointing
+    student.left_padding = teacher_model.left_padding = train_data.padded
     weights = {term: config[f'a_{term}'] for term in TERMS}
     loss_module = losses.Distillation(student, teacher_model, weights, temperature, chunk_tokens, pairs)
     step_model, set_sync = parallel.parallelise(loss_module, env, compile)

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from bins import Bin, BinWriter
+from bins import Bin, BinWriter, sha256_file
 from configurator import require
 from metadata import CLOSE, prefix_of, segments_of
 
@@ -25,14 +25,17 @@ class Rows(Bin):
     """Fixed-length rows as a Bin: the same surface, but only text (and markup, if asked) is scored."""
 
     @classmethod
-    def of(cls, data, meta, entry, folder, again):
+    def of(cls, data, meta, entry, folder, again, verify=False):
         """Return the Rows of a checked Bin; meta: what meta.json says of rows, entry: of this split."""
         mask_path = os.path.join(folder, entry['mask'])
         size = os.path.getsize(mask_path) if os.path.exists(mask_path) else -1
         require((size == data.n_tokens, f'{mask_path} has {max(size, 0)} bytes, expected one for each of'
-                 f' {data.n_tokens} tokens; {again}'))
+                 f' {data.n_tokens} tokens; {again}'),
+                (size != data.n_tokens or not verify or sha256_file(mask_path) == entry['mask_sha256'],
+                 f'{mask_path} does not have the SHA-256 of meta.json ({entry["mask_sha256"]}); {again}'))
         self = cls.__new__(cls)
         vars(self).update(vars(data), row_length=meta['length'], padded=meta['control'] == 'samecontext', entry=entry,
+                          sha256=f'{data.sha256}:{entry["mask_sha256"]}',
                           mask=np.memmap(mask_path, np.uint8, 'r') if size else np.zeros(0, np.uint8))
         return self.scoring('text')
 

@@ -4,6 +4,7 @@ The records' titles name the word that their text repeats, so that a model can l
 first one that pairs score, is known from the title alone.
 """
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import TINY, OneProcess, torchrun
 
 import bins
+import distill
 import eval as evaluation
 import pairs
 import prepare_metadata
@@ -140,6 +142,60 @@ def test_samecontext_trains_and_resumes(data_dir, tmp_path):
                      f'--out={tmp_path}'])
     row, = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
     assert row['loss_nats'] == pytest.approx(runs.read_run(str(tmp_path / 'meta_same'))['mean_test_loss'], abs=1e-6)
+
+
+@pytest.mark.parametrize('shard', ['', 'full'])
+def test_hidden_padding_on_two_ranks(data_dir, tmp_path, shard):
+    """DDP and FSDP2 hide the same inputs as one process does."""
+    flags = [*TINY, *LEARN, '--dataset=meta_same', f'--data_dir={data_dir}', '--max_iters=4', '--eval_blocks=4',
+             '--final_train_blocks=0']
+    train.main([*flags, f'--out_dir={tmp_path / "one"}'])
+    done = torchrun(2, 'train.py', *flags, f'--shard={shard}', f'--out_dir={tmp_path / "two"}')
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(losses(tmp_path / 'two'), losses(tmp_path / 'one'), atol=1e-5)
+
+
+def test_hidden_padding_compiled(data_dir):
+    """What torch.compile makes of a forward with hidden padding has the same loss and gradients."""
+    x, y = map(torch.from_numpy, bins.open_bin(data_dir, 'meta_same', 'train').gather(np.arange(0, 64 * 8, 64), 64))
+    assert (x < 0).any()
+    found = []
+    for compiled in (False, True):
+        model = tiny_model()
+        model.left_padding = True
+        loss = (torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model)(x, y)
+        loss.backward()
+        found.append(torch.cat((loss.detach()[None], *(p.grad.flatten() for p in model.parameters()))))
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_hides_the_same_padding(data_dir, tmp_path):
+    """distill.py on such rows: with next tokens alone its losses are train.py's; rows of another length are refused."""
+    flags = [*TINY, '--dataset=meta_same', f'--data_dir={data_dir}', '--positions=rotary', '--max_iters=4',
+             '--eval_blocks=4', '--batch_size=16']
+    train.main([*flags, '--block_size=64', '--final_train_blocks=0', f'--out_dir={tmp_path / "plain"}'])
+    taught = [*flags, f'--teacher={tmp_path / "plain"}', '--no-freeze_positions', f'--out_dir={tmp_path / "run"}']
+    distill.main([*taught, '--block_size=64', '--a_ce=0', '--a_cos=0', '--a_clm=1'])
+    assert losses(tmp_path / 'run') == losses(tmp_path / 'plain')
+    with pytest.raises(UserError, match="block_size = 32, 'meta_same' has rows of 64 tokens"):
+        distill.main([*taught, '--block_size=32'])
+
+
+def test_another_mask_is_other_data(data_dir, tmp_path):
+    """A run is not resumed on the same ids with another mask; --verify reads the mask too."""
+    shutil.copytree(data_dir, tmp_path / 'data')
+    flags = [*TINY, *LEARN, f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}', '--eval_blocks=4',
+             '--final_train_blocks=0']
+    train.main([*flags, '--max_iters=2'])
+    mask, meta = tmp_path / 'data/meta/train.mask.bin', tmp_path / 'data/meta/meta.json'
+    mask.write_bytes(mask.read_bytes().replace(b'\1', b'\2', 1))
+    with pytest.raises(UserError, match='train.mask.bin does not have the SHA-256'):
+        train.main([*flags, '--max_iters=4', '--init_from=resume', '--verify'])
+    found = json.loads(meta.read_text())
+    found['splits']['train']['mask_sha256'] = bins.sha256_file(mask)
+    meta.write_text(json.dumps(found))
+    with pytest.raises(UserError, match='cannot resume: sha256 is'):
+        train.main([*flags, '--max_iters=4', '--init_from=resume'])
 
 
 @pytest.mark.parametrize('flags, message', [
