@@ -1,10 +1,12 @@
 """Measure speed as ratios to a named baseline, in one process, in interleaved pairs; prints one table per area.
 
     python bench.py procedures              a step of rl1, drr, pmmp against vanilla (transformer800k, batch 8 x 256)
-    python bench.py plain                   our step against a plain nanoGPT-style loop (transformer4.1m, T 256, 2048)
+    python bench.py plain                   our step against a plain nanoGPT-style loop, three shapes
     python bench.py step CONFIG.py          step time, tokens/s and peak memory of a config of train.py or distill.py
     python bench.py distil                  a step of distillation against a student's step and a teacher's forward
     python bench.py mixture                 a step on a mixture of two sets against one on a single set
+    python bench.py data                    a batch drawn, against nanoGPT's get_batch
+    python bench.py evaluation              a split scored, against one row at a time
     python bench.py codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
 
 Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
@@ -27,7 +29,7 @@ weight_bits = 0.0               # codec: bits per non-zero weight, as in compres
 json_path = 'bench.json'        # '' = print only
 # -----------------------------------------------------------------------------
 
-VERBS = dict(procedures=0, plain=0, step=1, distil=0, mixture=0, codec=2)
+VERBS = dict(procedures=0, plain=0, step=1, distil=0, mixture=0, data=0, evaluation=0, codec=2)
 
 
 def interleave(candidates, rounds, env, warmup=2):
@@ -176,11 +178,10 @@ def bench_procedures(env):
 
 def bench_plain(env):
     found = []
-    for block_size in (256, 2048):
-        config = size_config('transformer4.1m', block_size)
-        steps = dict(plain=plain_step(config, env, 1), nanomdl=training_step(config, env, 'vanilla', 1))
-        label = f'transformer4.1m, batch 1 x {block_size}'
-        found += ratio_rows(interleave(steps, pairs, env), 'plain', block_size, label)
+    for name, rows, T in (('transformer4.1m', 1, 256), ('transformer4.1m', 1, 2048), ('transformer800k', 8, 512)):
+        config = size_config(name, T)
+        steps = dict(plain=plain_step(config, env, rows), nanomdl=training_step(config, env, 'vanilla', rows))
+        found += ratio_rows(interleave(steps, pairs, env), 'plain', rows * T, f'{name}, batch {rows} x {T}')
     return found
 
 
@@ -202,6 +203,52 @@ def bench_mixture(env):
         return step()
     steps = {name: lambda pair=pair: drawn(*pair) for name, pair in draws.items()}
     return ratio_rows(interleave(steps, pairs, env), 'one set', rows * T, f'transformer200k, batch {rows} x {T}')
+
+
+def bench_data(env):
+    """Drawing a batch: nanoGPT's get_batch, whose rows overlap at random, and this project's three orders."""
+    import numpy as np
+    import torch
+
+    from bins import Bin, batch_starts
+    tokens, rows, T, at = np.random.default_rng(0).integers(50257, size=10 ** 7, dtype=np.uint16), 64, 1024, [0]
+    data = Bin(tokens, 50257)
+
+    def plain():
+        starts = torch.randint(len(tokens) - T, (rows,))
+        x, y = (torch.stack([torch.from_numpy(tokens[i + k:i + k + T].astype(np.int64)) for i in starts])
+                for k in (0, 1))
+        return x.to(env.device), y.to(env.device)
+
+    def ours(order):
+        at[0] = (at[0] + 1) % 100
+        x, y = data.gather(batch_starts(order, 0, 0, at[0], rows, data.n_tokens, T), T)
+        return env.put(x), env.put(y)
+    steps = {'nanoGPT\'s get_batch': plain} | {order: lambda order=order: ours(order)
+                                              for order in ('sequential', 'permuted', 'random')}
+    return ratio_rows(interleave(steps, pairs, env), next(iter(steps)), rows * T, f'batch {rows} x {T}, uint16')
+
+
+def bench_evaluation(env):
+    """Scoring a split, each token once, against a plain loop that takes a row at a time, as many scripts do."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    import score
+    from bins import Bin
+    from model import GPT
+    config, T = size_config('transformer800k', 256), 256
+    model = GPT(config).to(env.device).eval()
+    data = Bin(np.random.default_rng(0).integers(256, size=64 * T, dtype=np.uint8))
+    x, y = data.gather(np.arange(0, data.n_tokens, T), T)
+
+    def plain():
+        with torch.no_grad(), env.autocast():
+            return sum(F.cross_entropy(model(env.put(x[i:i + 1]))[0], env.put(y[i])).item() for i in range(len(x)))
+    steps = {'a row at a time': plain} | {
+        f'{rows} rows': lambda rows=rows: score.evaluate(model, data, T, rows, env) for rows in (1, 32)}
+    return ratio_rows(interleave(steps, pairs, env), 'a row at a time', data.n_tokens, f'transformer800k, T {T}')
 
 
 def gpt2_config(**changes):
@@ -336,7 +383,8 @@ def main(argv=None):
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
     rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
-            'distil': bench_distil, 'mixture': bench_mixture, 'codec': bench_codec}[verb](env, *paths)
+            'distil': bench_distil, 'mixture': bench_mixture, 'data': bench_data, 'evaluation': bench_evaluation,
+            'codec': bench_codec}[verb](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' {"once each" if verb == "codec" else f"medians of {pairs} rounds"}')
     print(runs.markdown(rows, tuple(rows[0])))

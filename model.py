@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, at_least, one_of, require
+from cpu import Linear, causal_attention
 
 SIZES = {                               # METHODS §1: byte level, feed-forward 4d, untied head, sinusoidal positions
     'transformer200k': dict(n_embd=64, n_head=4, n_layer=4, block_size=2048),
@@ -102,8 +103,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout, self.rotary = config.n_head, config.dropout, config.positions == 'rotary'
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         head_width = config.n_embd // config.n_head
         self.q_norm, self.k_norm = (nn.RMSNorm(head_width, eps=1e-5) if config.qk_norm else nn.Identity() for _ in 'qk')
 
@@ -119,15 +120,16 @@ class Attention(nn.Module):
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
                 mask, causal = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T), False
             cache[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal)
+        dropout = self.dropout if self.training else 0.0
+        y = causal_attention(q, k, v, dropout) if causal else F.scaled_dot_product_attention(q, k, v, mask, dropout)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -159,7 +161,7 @@ class GPT(nn.Module):
         self.recompute = False                  # activation checkpointing: keep a block's input only, run it twice
         self.left_padding = False               # an input of -1 is seen by no position but its own (rows.py)
         self.norm = make_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         if config.positions == 'sinusoidal':
