@@ -5,6 +5,7 @@
     python bench.py step CONFIG.py          step time, tokens/s and peak memory of a config of train.py or distill.py
     python bench.py distil                  a step of distillation against a student's step and a teacher's forward
     python bench.py mixture                 a step on a mixture of two sets against one on a single set
+    python bench.py mixer                   blocks of mixers against a block of attention
     python bench.py data                    a batch drawn, against nanoGPT's get_batch
     python bench.py evaluation              a split scored, against one row at a time
     python bench.py codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
@@ -29,7 +30,7 @@ weight_bits = 0.0               # codec: bits per non-zero weight, as in compres
 json_path = 'bench.json'        # '' = print only
 # -----------------------------------------------------------------------------
 
-VERBS = dict(procedures=0, plain=0, step=1, distil=0, mixture=0, data=0, evaluation=0, codec=2)
+VERBS = dict(procedures=0, plain=0, step=1, distil=0, mixture=0, mixer=0, data=0, evaluation=0, codec=2)
 
 
 def interleave(candidates, rounds, env, warmup=2):
@@ -203,6 +204,29 @@ def bench_mixture(env):
         return step()
     steps = {name: lambda pair=pair: drawn(*pair) for name, pair in draws.items()}
     return ratio_rows(interleave(steps, pairs, env), 'one set', rows * T, f'transformer200k, batch {rows} x {T}')
+
+
+def bench_mixer(env, rows=8, n=512, width=512):
+    """Forward and backward of one block: attention, and mixers of the same width."""
+    import torch
+
+    from model import Block, ModelConfig
+
+    def step_of(**options):
+        config = ModelConfig(block_size=n, n_embd=width, n_head=8, positions='none', **options)
+        block, x = Block(config).to(env.device), torch.randn(rows, n, width, device=env.device, requires_grad=True)
+        for p in block.parameters():
+            torch.nn.init.normal_(p, 0, 0.02)
+
+        def step():
+            with env.autocast():
+                block(x).sum().backward()
+        return step
+    steps = dict(attention=step_of(), mixer=step_of(block_type='mixer'),
+                 multihead_mixer=step_of(block_type='multihead_mixer'),
+                 expanded_mixer=step_of(block_type='mixer', expansion=1),
+                 mixer_of_kernel_3=step_of(block_type='mixer', kernel=3))
+    return ratio_rows(interleave(steps, pairs, env), 'attention', rows * n, f'a block, batch {rows} x {n}, width {width}')
 
 
 def bench_data(env):
@@ -383,7 +407,7 @@ def main(argv=None):
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
     rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
-            'distil': bench_distil, 'mixture': bench_mixture, 'data': bench_data, 'evaluation': bench_evaluation,
+            'distil': bench_distil, 'mixture': bench_mixture, 'mixer': bench_mixer, 'data': bench_data, 'evaluation': bench_evaluation,
             'codec': bench_codec}[verb](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' {"once each" if verb == "codec" else f"medians of {pairs} rounds"}')

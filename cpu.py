@@ -39,15 +39,18 @@ class _Product(torch.autograd.Function):
                 grad.sum(0) if needed[2] else None)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, through oneDNN where that is faster."""
+def linear(x, weight, bias=None):
+    """F.linear, through oneDNN where that is faster."""
+    unfit = weight.numel() <= ENOUGH or x.numel() < ROWS * x.size(-1) or x.size(-1) % 16        # 16: whole vectors
+    if unfit or x.device.type != 'cpu' or x.dtype != torch.float32 or onednn() is None \
+            or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias)
 
+
+class Linear(nn.Linear):
     def forward(self, x):
-        unfit = self.weight.numel() <= ENOUGH or x.numel() < ROWS * x.size(-1) or x.size(-1) % 16   # 16: whole vectors
-        if unfit or x.device.type != 'cpu' or x.dtype != torch.float32 or onednn() is None \
-                or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
-            return F.linear(x, self.weight, self.bias)
-        return _Product.apply(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @functools.lru_cache(8)

@@ -242,12 +242,14 @@ def model_rows(path, bins, packed, env):
     import runs
     import score
     import sparse
+    from encoders import with_objective
     model, checkpoint = runs.load_model(path, env.device)
     sizes, length = sparse.model_sizes(model.parameters()), block_size or model.config.block_size
     for (name, part), data in bins.items():
         own = name in own_sets(checkpoint)
         if not (own or dataset):
             continue
+        data = with_objective(data, checkpoint['config'].get('objective', 'clm'), model.config.wrapper)
         started, units = time.time(), score.Units(data) if bootstrap else None
         found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
                                context_of(length), progress=f'{name_of(path)} on {name}/{part}',

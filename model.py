@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, at_least, one_of, require
 from cpu import Linear, causal_attention
+from mixers import Mixer
 
 SIZES = {                               # METHODS §1: byte level, feed-forward 4d, untied head, sinusoidal positions
     'transformer200k': dict(n_embd=64, n_head=4, n_layer=4, block_size=2048),
@@ -48,18 +49,55 @@ class ModelConfig:
     bias: bool = True
     qk_norm: bool = False
     dropout: float = 0.0
+    # what follows is in a checkpoint's model_args only where it differs from this
+    block_type: str = 'attention'
+    kernel: int = 1
+    expansion: int = 0
+    final_norm: bool = True
+    wrapper: str = ''
+    n_layer_encoder: int = 0
+    bottleneck: int = 0
+    spread: str = 'repeat'
+    memory: str = 'token'
+    chunk_size: int = 0
 
     def __post_init__(self):
-        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
+        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'kernel')
+        mixer, n_chunks = self.block_type != 'attention', self.block_size // max(self.chunk_size, 1)
         require(*(at_least(k, getattr(self, k), 1) for k in sizes),
+                *(at_least(k, getattr(self, k), 0) for k in ('expansion', 'n_layer_encoder', 'bottleneck')),
+                one_of('block_type', self.block_type, ('attention', 'mixer', 'multihead_mixer')),
+                one_of('wrapper', self.wrapper, ('', 'autoencoder', 'oracle', 'memory')),
+                one_of('spread', self.spread, ('repeat', 'unroll')),
+                one_of('memory', self.memory, ('token', 'concat', 'add', 'none')),
+                (mixer or self.kernel == 1 and not self.expansion, f'kernel = {self.kernel} and expansion ='
+                 f' {self.expansion} are of mixers; set block_type'),
+                (self.kernel % 2 == 1 and self.kernel <= self.n_embd, f'kernel = {self.kernel}, expected an odd number'
+                 f' up to n_embd = {self.n_embd}'),
+                (not mixer or self.block_size % 2 == 0, f'block_size = {self.block_size}, a mixer\'s must be even'),
+                (not (mixer and self.positions == 'rotary'), 'rotary positions turn the keys of attention, a mixer has'
+                 ' none; use positions = none'),
+                (not (self.wrapper and self.tied), f'wrapper = {self.wrapper!r} has no tied head; set tied = False'),
+                (self.wrapper != 'autoencoder' or self.spread == 'repeat' or self.n_embd % 2 == 0,
+                 f'spread = unroll takes half of n_embd = {self.n_embd}, which must be even'),
+                (self.wrapper != 'memory' or self.chunk_size > 1 and self.block_size % self.chunk_size == 0
+                 and n_chunks > 1, f'chunk_size = {self.chunk_size}: chunks of more than one token must fill block_size'
+                 f' = {self.block_size}, two at least'),
+                (self.wrapper != 'memory' or not mixer or (self.chunk_size % 2, n_chunks % 2) == (0, 0),
+                 f'a mixer\'s length must be even: {n_chunks} chunks of {self.chunk_size} are not both'),
+                (self.wrapper != 'memory' or self.memory in ('token', 'none'),
+                 f'memory = {self.memory!r} is of wrapper = oracle; use token (one per earlier chunk) or none'),
                 (self.n_head < 1 or self.n_embd % self.n_head == 0,
                  f'n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}'),
                 (self.positions != 'rotary' or self.n_embd // max(self.n_head, 1) % 2 == 0,
                  f'rotary positions need an even head width, got {self.n_embd} / {self.n_head}'),
                 (0 <= self.dropout < 1, f'dropout = {self.dropout}, expected 0 <= dropout < 1'),
-                one_of('positions', self.positions, ('sinusoidal', 'learned', 'rotary')),
+                one_of('positions', self.positions, ('sinusoidal', 'learned', 'rotary', 'none')),
                 one_of('norm', self.norm, ('layernorm', 'rmsnorm')),
                 one_of('activation', self.activation, tuple(ACTIVATIONS)))
+
+
+N_PLAIN = [*ModelConfig.__dataclass_fields__].index('block_type')       # fields before it are in every model_args
 
 
 def config_from_knobs(knobs, vocab_size):
@@ -67,7 +105,7 @@ def config_from_knobs(knobs, vocab_size):
     require(one_of('model', knobs['model'], tuple(SIZES)))
     size = dict(SIZES[knobs['model']])
     size.update({k: knobs[k] for k in size if knobs[k] > 0})
-    options = {k: knobs[k] for k in ('positions', 'norm', 'activation', 'tied', 'bias', 'qk_norm', 'dropout')}
+    options = {k: knobs[k] for k in ModelConfig.__dataclass_fields__ if k in knobs and k not in size}
     return ModelConfig(vocab_size=vocab_size, **size, **options)
 
 
@@ -139,17 +177,23 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.attention = make_norm(config, config.n_embd), Attention(config)
+        self.norm1 = make_norm(config, config.n_embd)
+        if config.block_type == 'attention':
+            self.attention = Attention(config)
+        else:
+            self.mixer = Mixer(config.block_size, config.n_embd, config.n_head if 'multihead' in config.block_type else
+                               1, config.kernel, config.expansion, config.bias)
         self.norm2, self.feed_forward = make_norm(config, config.n_embd), FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, rope=None, cache=None, mask=None):
-        x = x + self.drop(self.attention(self.norm1(x), rope, cache, mask))
+        y = self.norm1(x)
+        x = x + self.drop(self.mixer(y, cache) if hasattr(self, 'mixer') else self.attention(y, rope, cache, mask))
         return x + self.drop(self.feed_forward(self.norm2(x)))
 
 
-class GPT(nn.Module):
-    """Map ids (B, T) to logits (B, T, V), or with targets (B, T) to the summed cross-entropy in nats (-1: no score)."""
+class Stack(nn.Module):
+    """Embedding, blocks and norm: what a language model and an encoder (encoders.py) share."""
 
     def __init__(self, config):
         super().__init__()
@@ -160,36 +204,38 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.recompute = False                  # activation checkpointing: keep a block's input only, run it twice
         self.left_padding = False               # an input of -1 is seen by no position but its own (rows.py)
-        self.norm = make_norm(config, config.n_embd)
-        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
+        self.norm = make_norm(config, config.n_embd) if config.final_norm else nn.Identity()
         if config.positions == 'sinusoidal':
             self.register_buffer('sinusoid', sinusoids(config.block_size, config.n_embd), persistent=False)
         if config.positions == 'rotary':
             cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
             self.register_buffer('cos', cos, persistent=False)
             self.register_buffer('sin', sin, persistent=False)
-        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Draw matrices from N(0, 0.02), residual projections N(0, 0.02/sqrt(2 n_layer)) (GPT-2); biases 0, gains 1.
 
         With sinusoidal positions the embedding starts at the sinusoids' own root mean square, 0.71, not at 0.02: 35
-        times smaller, the tokens would be noise on the position signal after the first norm.
+        times smaller, the tokens would be noise on the position signal after the first norm. Without positions it
+        starts at 1, and a mixer's matrices at a convolution's 1/sqrt(3 n kernel), as in Badger's code.
         """
-        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        residual, config = 0.02 / math.sqrt(2 * self.config.n_layer), self.config
+        token = 0.02 if config.tied else {'sinusoidal': 0.71, 'none': 1.0}.get(config.positions, 0.02)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                wide = name == 'embed.weight' and self.config.positions == 'sinusoidal' and not self.config.tied
+                mixing = (3 * (p.size(1) - 1) * config.kernel) ** -0.5 if name.split('.')[-2].startswith('mix') else 0
                 narrow = name.endswith(('proj.weight', 'down.weight'))
-                nn.init.normal_(p, 0.0, 0.71 if wide else residual if narrow else 0.02)
+                nn.init.normal_(p, 0.0, mixing or (token if name.endswith('embed.weight') else residual if narrow else
+                                                   0.02))
             else:
                 nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
 
     def hidden(self, x, cache=None):
-        """Return the states after the final norm (B, T, C); cache is a list of one list per block, filled in place."""
+        """Return the states after the final norm (B, T, C) for ids (B, T), or for states (B, T, C) in their place.
+
+        cache is a list of one list per block, filled in place.
+        """
         start = cache[0][0].size(2) if cache and cache[0] else 0
         stop = start + x.size(1)
         if stop > self.config.block_size:
@@ -197,15 +243,17 @@ class GPT(nn.Module):
                             ' use shorter rows')
         mask = rope = None
         if self.left_padding:
+            if self.config.block_type != 'attention' or self.config.wrapper:
+                raise UserError('rows with hidden padding (control = samecontext) need a plain model with attention')
             seen = torch.ones(stop, stop, dtype=torch.bool, device=x.device).tril() & (x >= 0)[:, None]     # (B, T, T)
             mask = (seen | torch.eye(stop, dtype=torch.bool, device=x.device))[:, None]
             x = x.clamp(min=0)
-        h = self.embed(x)
+        h = x if x.is_floating_point() else self.embed(x)
         if self.config.positions == 'sinusoidal':
             h = h + self.sinusoid[start:stop]
         elif self.config.positions == 'learned':
             h = h + self.position.weight[start:stop]
-        else:
+        elif self.config.positions == 'rotary':
             rope = self.cos[start:stop], self.sin[start:stop]
         h = self.drop(h)
         for i, block in enumerate(self.blocks):
@@ -215,39 +263,75 @@ class GPT(nn.Module):
                 h = block(h, rope, cache[i] if cache else None, mask)
         return self.norm(h)
 
+
+class GPT(Stack):
+    """Map ids (B, T) to logits (B, T, V), or with targets (B, T) to the summed cross-entropy in nats (-1: no score)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.init_weights()
+
     def forward(self, x, y=None, cache=None):
-        logits = self.head(self.hidden(x, cache))
+        return self.scored(self.head(self.hidden(x, cache)), y)
+
+    def scored(self, logits, y):
+        """Return logits, or where there are targets y (B, T) their summed cross-entropy."""
         if y is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction='sum')
+
+    def encode(self, x):
+        """Return one vector (B, C) for rows of ids (B, T): the state of the last position."""
+        return self.hidden(x)[:, -1]
 
     def new_cache(self):
         """An empty cache for forward(x, cache=...), one list per block."""
         return [[] for _ in self.blocks]
 
 
+def make(config):
+    """Build the model that a ModelConfig describes, with fresh weights."""
+    if config.wrapper:
+        from encoders import WRAPPERS
+        return WRAPPERS[config.wrapper](config)
+    return GPT(config)
+
+
 def build(model_args):
-    """Build a GPT from a checkpoint's model_args dict."""
-    return GPT(ModelConfig(**model_args))
+    """Build a model from a checkpoint's model_args dict."""
+    return make(ModelConfig(**model_args))
 
 
 def model_args(model):
-    return asdict(model.config)
+    """What build needs; mixers' and wrappers' settings only where they are not the default."""
+    return {k: v for i, (k, v) in enumerate(asdict(model.config).items())
+            if i < N_PLAIN or v != ModelConfig.__dataclass_fields__[k].default}
 
 
 def n_parameters(config):
     """Count trainable parameters of a config without allocating them."""
     with torch.device('meta'):
-        return sum(p.numel() for p in GPT(config).parameters())
+        return sum(p.numel() for p in make(config).parameters())
 
 
 def flops_per_token(config):
     """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 per matrix weight used plus 12·L·C·T for attention scores and values, the causal half not deducted.
+    6 per matrix weight used plus 12·L·C·T for attention scores and values, or 6·L·C·T for each matrix of a mixer, the
+    causal half not deducted. An encoder's blocks count like the others; a memory model's see a chunk and its slots.
     """
-    c = config.n_embd
-    return 6 * (12 * config.n_layer * c * c + config.vocab_size * c) + 12 * config.n_layer * c * config.block_size
+    c, t, ratio = config.n_embd, config.block_size, 1.0
+    if config.wrapper == 'memory':
+        t, ratio = config.chunk_size, 1 + (config.block_size // config.chunk_size - 2) / config.chunk_size
+    n_matrices = config.kernel * (2 * config.expansion or 1)
+    heads = 2 * c * c if config.block_type == 'multihead_mixer' else 0
+    mixer = 6 * (8 * c * c + heads + n_matrices * c * t)
+    layer = 72 * c * c + 12 * c * t if config.block_type == 'attention' else mixer
+    n_layer_encoder = (config.n_layer_encoder or config.n_layer) * bool(config.wrapper and config.memory != 'none')
+    return round((config.n_layer * ratio + n_layer_encoder) * layer + 6 * config.vocab_size * c)
 
 
 def optimizer_groups(params, weight_decay):

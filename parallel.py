@@ -23,7 +23,7 @@ def parallelise(model, env, compile=False, shard='', cpu_offload=False):
         options = dict(mesh=init_device_mesh(env.kind, (env.world,)),
                        mp_policy=MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32),
                        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(getattr(model, 'encoder', None), 'blocks', ())):
             fully_shard(block, **options)
         fully_shard(model, reshard_after_forward=True, **options)  # a root left gathered would miss TAMADE's trials
     step_model = torch.compile(model) if compile and env.kind == 'cuda' else model

@@ -100,6 +100,7 @@ def main(argv=None):
     import score
     import sparse
     from bins import open_bin
+    from encoders import with_objective
     from model import build, model_args
     env = runs.Env(device, dtype)
     model, checkpoint = runs.load_model(from_ckpt, env.device)
@@ -109,6 +110,8 @@ def main(argv=None):
     by_loss = strategy == 'sensitivity' or method == 'tamade' and not whole_layers
     require((name or not (by_loss or drop_unused_rows), f'{from_ckpt} names no data set; give one, --dataset=NAME'))
     data, T = open_bin(data_dir, name, 'val') if by_loss else None, model.config.block_size
+    if by_loss:
+        data = with_objective(data, checkpoint['config'].get('objective', 'clm'), model.config.wrapper)
     kept = layers_to_keep(len(model.blocks)) if whole_layers and not by_loss else []
     require((not by_loss or not whole_layers or 1 <= keep_layers <= len(model.blocks),
              f'keep_layers = {keep_layers}, expected 1 to {len(model.blocks)}, the layers of {from_ckpt}'))

@@ -13,7 +13,7 @@ CALIBRATION_BLOCKS = 100
 
 def regularised(model, which):
     """Return {name: parameter} that a procedure penalises and prunes: 'matrices' (and embeddings) or 'all'."""
-    return {n: p for n, p in model.named_parameters() if which == 'all' or p.dim() >= 2}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and (which == 'all' or p.dim() >= 2)}
 
 
 def count_nonzero(tensors):
@@ -256,11 +256,12 @@ def sweep_dead_units(model, masks):
     while total != last:
         last = total
         for i, block in enumerate(model.blocks):
-            att, ff = block.attention, block.feed_forward
-            units = (
-                (att.qkv.weight[2 * c:], None if att.qkv.bias is None else att.qkv.bias[2 * c:], att.proj.weight,
-                 att.proj.bias, lambda b: b, f'blocks.{i}.attention.proj.bias'),
-                (ff.up.weight, ff.up.bias, ff.down.weight, ff.down.bias, act, f'blocks.{i}.feed_forward.down.bias'))
+            att, ff = getattr(block, 'attention', None), block.feed_forward
+            units = [(ff.up.weight, ff.up.bias, ff.down.weight, ff.down.bias, act,
+                      f'blocks.{i}.feed_forward.down.bias')]
+            if att:
+                units = [(att.qkv.weight[2 * c:], None if att.qkv.bias is None else att.qkv.bias[2 * c:],
+                          att.proj.weight, att.proj.bias, lambda b: b, f'blocks.{i}.attention.proj.bias'), *units]
             for incoming, bias, outgoing, next_bias, constant, name in units:
                 held = masks.get(name)
                 total += _sweep(incoming, bias, outgoing, next_bias, constant,

@@ -58,13 +58,27 @@ n_layer = 0
 n_head = 0
 n_embd = 0
 block_size = 0
-positions = 'sinusoidal'        # 'sinusoidal', 'learned', 'rotary'
+positions = 'sinusoidal'        # 'sinusoidal', 'learned', 'rotary', 'none'
 norm = 'layernorm'              # 'layernorm', 'rmsnorm'
 activation = 'gelu'             # 'gelu', 'gelu_tanh', 'relu2'
 tied = False                    # head shares the token embedding
 bias = True
 qk_norm = False
 dropout = 0.0
+final_norm = True
+block_type = 'attention'        # 'attention', 'mixer' (one matrix over the tokens), 'multihead_mixer' (n_head of them)
+kernel = 1                      # mixers: width over the features, odd
+expansion = 0                   # mixers: hidden values per position and feature; 0 = one mixing, not two
+# an encoder before the decoder (encoders.py), and what rows ask for
+objective = 'clm'               # 'clm', 'copy', 'blank_copy', 'combined', 'autoencode', 'memory'
+wrapper = ''                    # '' = none, 'autoencoder', 'oracle', 'memory' (of earlier chunks)
+n_layer_encoder = 0             # 0 = as n_layer
+bottleneck = 0                  # numbers in the encoder's vector; 0 = n_embd
+spread = 'repeat'               # autoencoder: 'repeat' or 'unroll' the vector over the positions
+memory = 'token'                # oracle: 'token', 'add', 'concat'; 'none' = control without encoder
+chunk_size = 0                  # memory: tokens of a chunk
+encoder_ckpt = ''               # checkpoint whose encoder to start from; '' = none
+freeze_encoder = False
 # procedure
 procedure = 'vanilla'           # 'vanilla', 'rl1', 'drr', 'pmmp'
 alpha = 0.0                     # regularisation strength
@@ -156,13 +170,14 @@ def main(argv=None):
     import score
     import sparse
     from bins import batch_starts, key_of, n_blocks, read_meta
+    from encoders import load_encoder, objective_rule, with_objective
     from mixture import common_splits, open_data
-    from model import GPT, config_from_knobs, model_args, optimizer_groups
+    from model import config_from_knobs, make, model_args, optimizer_groups
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):
         data = open_data(data_dir, dataset, data_mix, split, T, stop_when, verify)
-        return data.scoring(loss_on) if data.row_length else data
+        return with_objective(data.scoring(loss_on) if data.row_length else data, objective, wrapper)
 
     def plan_of(data):
         """Phases of a run on some training data; a mixture may end them where its first source is exhausted."""
@@ -202,6 +217,7 @@ def main(argv=None):
     val_data, test_data = (open_split(s) if s in splits else None for s in ('val', 'test'))
     require((not do_pruning or val_data.n_tokens > 0, f'the val split of {data_name!r} is empty, and TAMADE needs it'))
     model_config = config_from_knobs(config, train_data.vocab_size)
+    require(objective_rule(objective, model_config))
     data_facts = dict(dataset=data_name, sha256=train_data.sha256, start_id=train_data.start_id,
                       tokenizer=train_data.tokenizer, n_tokens=train_data.n_tokens)
     resume = init_from == 'resume'
@@ -211,15 +227,20 @@ def main(argv=None):
         if env.main:
             print(f'init_from = resume, but {path} does not exist yet: starting from scratch')
     torch.manual_seed(seed)
-    raw_model = GPT(model_config).to(env.device)
+    raw_model = make(model_config).to(env.device)
     parent = path if resume else init_from if init_from not in ('scratch', 'resume') else ''
     start = runs.load_checkpoint(parent) if parent else {}
     if start:
         runs.load_weights(raw_model, start, parent)
+    if encoder_ckpt and not resume:
+        load_encoder(raw_model, encoder_ckpt)
+    if freeze_encoder:
+        require((getattr(raw_model, 'encoder', None), 'freeze_encoder: this model has no encoder'))
+        raw_model.encoder.requires_grad_(False)
     if resume:
         old_data, old = start['data'], start['config']
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
-                 'train_only_on_leading_tokens', 'online', 'loss_on')
+                 'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder')
         require(*((old_data[k] == data_facts[k], f'cannot resume: {k} is {data_facts[k]!r}, the checkpoint has'
                    f' {old_data[k]!r}; use the original one, or init_from={path} for a new run')
                   for k in ('sha256', 'start_id')),
@@ -229,8 +250,9 @@ def main(argv=None):
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
     named_params = {n: parallel.local(p) for n, p in raw_model.named_parameters()}      # of this rank, from here on
     params = {n: named_params[n] for n in sparse.regularised(raw_model, regularise)}
-    theta, all_params = list(params.values()), list(named_params.values())
-    masks = {n: parallel.part(m, named_params[n]) for n, m in start.get('masks', {}).items()}
+    trained = [n for n, p in raw_model.named_parameters() if p.requires_grad]           # all but a frozen encoder
+    theta, all_params = list(params.values()), [named_params[n] for n in trained]
+    masks = {n: parallel.part(m, named_params[n]) for n, m in start.get('masks', {}).items() if n in trained}
     masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
     adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
     optimizer = adamw(optimizer_groups(all_params, weight_decay), lr=learning_rate)
@@ -302,7 +324,7 @@ def main(argv=None):
         return {n: rows * T for n, rows in train_data.rows_by_source(n_rows, seed).items()} if data_mix else {}
 
     def count_nonzero():
-        own = torch.tensor(float(sparse.count_nonzero(all_params)), dtype=torch.float64)
+        own = torch.tensor(float(sparse.count_nonzero(named_params.values())), dtype=torch.float64)
         return int(env.sum(own) if shard else own)
 
     def save(phase, name='', weights_only=False):
@@ -495,7 +517,7 @@ def main(argv=None):
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
         save(phases[-1])
     signals.then = lambda: (record.update(status='paused'), os._exit(runs.PAUSED))
-    sizes = sparse.model_sizes(parallel.full(p, p) for p in all_params)
+    sizes = sparse.model_sizes(parallel.full(p, p) for p in named_params.values())
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   epsilon=counters['epsilon'], model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],
                   sparsity=1 - sizes['nonzeros'] / sizes['n_params'], bits_est_bytes=sizes['bits_est_bytes'],
