@@ -226,7 +226,8 @@ def bench_mixer(env, rows=8, n=512, width=512):
                  multihead_mixer=step_of(block_type='multihead_mixer'),
                  expanded_mixer=step_of(block_type='mixer', expansion=1),
                  mixer_of_kernel_3=step_of(block_type='mixer', kernel=3))
-    return ratio_rows(interleave(steps, pairs, env), 'attention', rows * n, f'a block, batch {rows} x {n}, width {width}')
+    label = f'a block, batch {rows} x {n}, width {width}'
+    return ratio_rows(interleave(steps, pairs, env), 'attention', rows * n, label)
 
 
 def bench_data(env):
@@ -406,9 +407,7 @@ def main(argv=None):
     if threads:
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
-    rows = {'procedures': bench_procedures, 'plain': bench_plain, 'step': bench_step,
-            'distil': bench_distil, 'mixture': bench_mixture, 'mixer': bench_mixer, 'data': bench_data, 'evaluation': bench_evaluation,
-            'codec': bench_codec}[verb](env, *paths)
+    rows = globals()[f'bench_{verb}'](env, *paths)
     print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' {"once each" if verb == "codec" else f"medians of {pairs} rounds"}')
     print(runs.markdown(rows, tuple(rows[0])))
