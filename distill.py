@@ -87,7 +87,7 @@ wandb_project = 'nanomdl'
 
 TERMS = ('clm', 'ce', 'mse', 'cos', 'hidden')       # of losses.py, which is not imported yet
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros',
-               'loss', *(f'loss_{term}' for term in TERMS[1:]))
+               'loss', *(f'loss_{term}' for term in TERMS[1:]), 'seconds')
 MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 FIXED = ('batch_size', 'seed', 'order', 'train_only_on_leading_tokens', 'temperature', 'layer_map', 'freeze_positions',
          'chunk_tokens', *(f'a_{term}' for term in TERMS))      # what a resumed run may not change
@@ -143,13 +143,14 @@ def main(argv=None):
     check_knobs(k, n_ranks)
     import torch
 
+    import curves
     import losses
     import parallel
     import runs
     import score
     import sparse
     from bins import batch_starts, key_of, n_blocks, open_bin, read_meta, split_names
-    from model import GPT, config_from_knobs, model_args, optimizer_groups
+    from model import GPT, ModelConfig, config_from_knobs, flops_per_token, model_args, optimizer_groups
     if check:
         try:
             meta = read_meta(data_dir, dataset)
@@ -223,8 +224,8 @@ def main(argv=None):
     require((phase, 'nothing to train: epochs and max_iters are 0'))
     n_steps, label = phase['n_steps'], 'distillation'
     counters = dict(step=0, tokens=0, nonzeros=sparse.count_nonzero(student.parameters()), best_val=math.inf,
-                    final_val_loss=math.nan, final_train_loss=math.nan, train_seconds=0.0)
-    counters.update({name: start[name] for name in counters if resume})
+                    final_val_loss=math.nan, final_train_loss=math.nan, train_seconds=0.0, step_seconds=0.0)
+    counters.update({name: start[name] for name in counters if resume and name in start})
     if env.main:                                                        # last: nothing above may cost an older run
         runs.open_run_folder(out_dir, overwrite, init_from == 'resume', '' if resume else parent)
     env.barrier()
@@ -234,7 +235,8 @@ def main(argv=None):
     eval_rows = score.rows_per_forward(T)
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in student.parameters()),
                             n_steps=n_steps, data=data_facts, teacher_checkpoint=teacher_facts,
-                            procedure='distillation',
+                            procedure='distillation', flops_per_token=flops_per_token(model_config)
+                            + flops_per_token(ModelConfig(**taught['model_args'])) // 3,    # the teacher only forward
                             parent=runs.parent_of(parent) if parent and env.main else {})
     signals, started, skipped = runs.StopSignals(), time.time(), 0
     last_saved = lap = started
@@ -282,6 +284,7 @@ def main(argv=None):
     bar = runs.progress_bar(label, n_steps, counters['step'], env)
     window = [time.time(), 0, 0.0, 0.0]                                 # for log.txt: start, tokens, nats, loss
     while counters['step'] < n_steps:
+        began = time.time()
         lr = rate_at(counters['step'], n_steps, learning_rate, k)
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -324,10 +327,12 @@ def main(argv=None):
         counters['step'] += 1
         counters['tokens'] += n_scored
         counters['final_train_loss'], step = loss_nats, counters['step']
+        counters['step_seconds'] += time.time() - began
         window[1:] = window[1] + n_scored, window[2] + loss_nats * n_scored, window[3] + total * n_scored
         if env.main and step % log_every == 0:
             loss_csv.writerow((label, epoch, step, counters['tokens'], f'{loss_nats:.6f}', f'{lr:.4g}', f'{norm:.4g}',
-                               f'{norm:.4g}', counters['nonzeros'], f'{total:.6f}', *(f'{t:.6f}' for t in others)))
+                               f'{norm:.4g}', counters['nonzeros'], f'{total:.6f}', *(f'{t:.6f}' for t in others),
+                               f"{counters['step_seconds']:.3f}"))
         bar.update()
         if step % log_interval == 0 or step == n_steps:
             speed, mean, loss = window[1] / (time.time() - window[0]), window[2] / window[1], window[3] / window[1]
@@ -371,6 +376,9 @@ def main(argv=None):
                                progress='test split')
         totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
                       test_accuracy=found['accuracy'])
+    if env.main:
+        loss_file.flush()
+        note(curves.draw_run(out_dir))
     note('done ' + ' '.join(f'{name}={v:.5g}' if isinstance(v, float) else f'{name}={v}' for name, v in totals.items()),
          **{name: v for name, v in totals.items() if v})
     record.update(status='done', **totals)

@@ -3,6 +3,7 @@
     python plots.py                                 every run in out/
     python plots.py out/a out/b                     these runs
     python plots.py 'out/sweep_*' --plot_dir=figures --size=nnz4
+    python plots.py out/a out/b --x=flops,wallclock     training curves by what they cost
 
 In: run folders (run.json, train_loss.csv, log.txt); eval.py's folders among them fill in what a run did not measure.
 Out: training_curves, and per data set size_SET (loss versus model size, with lines of equal description length) and
@@ -11,30 +12,27 @@ data). With a folder of diversity.py and evaluations: diversity (loss on each ev
 training set, with spread). Each dot is a run, lines join means over seeds. What runs cannot support is skipped with a
 line that says why. Description lengths are two-part, of the whole training split: model bytes + data bytes.
 """
-import csv
 import glob
 import math
 import os
-import re
 import sys
 
 from configurator import UserError, at_least, configure, one_of, require, run
+from curves import AXES, COLOURS, GREY, LOOK, draw_curves, read_curves, short, shorten_ticks
 
 # -----------------------------------------------------------------------------
 out = 'out'                     # folder of run folders, read when no paths are given
 plot_dir = 'out/plots'
+x = 'steps,tokens,flops,wallclock'      # panels of training_curves, comma-separated
 size = 'bits_est'               # bytes of a model: 'bits_est' (entropy of its 8-bit tensors) or 'nnz4' (4 per non-zero)
 smooth = 0                      # training steps averaged in a curve; 0 = a fiftieth of the run
 dpi = 160                       # of the PNG files
 # -----------------------------------------------------------------------------
 
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')     # Okabe & Ito 2008
-STYLES = ('-', '--', ':', '-.')
 UNPRUNED, TAMADE = 'unpruned', 'TAMADE only'
 KINDS = {UNPRUNED: ('#000000', 'o'), TAMADE: ('#D55E00', 'X'), 'rl1': ('#E69F00', 's'), 'drr': ('#009E73', '^'),
          'pmmp': ('#0072B2', 'D')}
 SIZES = {'bits_est': 'entropy of 8-bit weights', 'nnz4': '4 per non-zero weight'}
-GREY = '#767676'
 LN2 = math.log(2)
 
 
@@ -51,36 +49,6 @@ def find_folders(paths):
                             ' config/sample_pmmp.py')
         folders += [m for m in found if m not in folders]
     return folders
-
-
-def read_curves(folder):
-    """Return what train_loss.csv and log.txt tell of a run's training; {} where there is none.
-
-    step, tokens, nats: arrays, a row of the csv each. seconds: training time at those rows by the logged speed (pauses
-    and evaluations do not count), or None. val: [(step, nats)]. prunings: [step]. factor: bits per byte of a nat, or 0.
-    """
-    import numpy as np
-    try:
-        with open(os.path.join(folder, 'train_loss.csv'), newline='', encoding='utf-8') as f:
-            table = [[float(r[c]) for c in ('step', 'tokens', 'loss_nats')] for r in csv.DictReader(f) if r['nonzeros']]
-        with open(os.path.join(folder, 'log.txt'), encoding='utf-8') as f:
-            log = f.read()
-    except OSError:
-        return {}
-    if len(table) < 2:
-        return {}
-    step, tokens, nats = np.array(table).T
-    found = re.findall(r'^\S+ train .*?step=(\d+) .*tokens_per_second=(\d+)', log, re.M)
-    speeds, seconds = [(int(s), int(v)) for s, v in found if int(v)], None
-    if speeds:
-        at = np.interp([s for s, _ in speeds], step, tokens)
-        spent = np.cumsum(np.diff(at, prepend=0) / [v for _, v in speeds])
-        seconds = np.interp(tokens, np.r_[0, at], np.r_[0, spent])
-    units = re.findall(r'loss=([\d.]+) bpb=([\d.]+)', log)
-    return dict(step=step, tokens=tokens, nats=nats, seconds=seconds,
-                val=[(int(s), float(v)) for s, v in re.findall(r'^\S+ val .*?step=(\d+) loss=([\d.]+)', log, re.M)],
-                prunings=[int(s) for s in re.findall(r'^\S+ prune .*?step=(\d+)', log, re.M)],
-                factor=float(units[-1][1]) / float(units[-1][0]) if units else 0)
 
 
 def origin(record):
@@ -148,36 +116,10 @@ def read_diversity(measured, records, scored):
 
 # --- drawing ---
 
-def short(n, unit=''):
-    """Format a count to three digits with k, M or G."""
-    for letter, width in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
-        if n >= width:
-            return f'{n / width:.3g} {letter}{unit}'
-    return f'{n:.3g} {unit}'.rstrip()
-
-
 def power(alpha):
     """Format 0.0001 as 1e-4."""
     mantissa, exponent = f'{alpha:.2e}'.split('e')
     return f'{float(mantissa):g}e{int(exponent)}'
-
-
-def shorten_ticks(axis, unit=''):
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    axis.set_major_formatter(FuncFormatter(lambda n, _: short(n, unit)))
-    axis.set_minor_formatter(NullFormatter())
-    if axis.get_scale() == 'log':
-        low, high = sorted(axis.get_view_interval())
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-
-
-def moving_average(values, n):
-    """Centred moving average over n values, at the ends over those that exist."""
-    import numpy as np
-    n = min(n, len(values))
-    sums = np.convolve(values, np.ones(n))                              # of values[i - n + 1 : i + 1]
-    counts = np.convolve(np.ones(len(values)), np.ones(n))
-    return (sums / counts)[n // 2:n // 2 + len(values)]
 
 
 def label_points(axis, labels, obstacles):
@@ -196,48 +138,6 @@ def label_points(axis, labels, obstacles):
                 taken.append(box)
                 break
             note.remove()
-
-
-def draw_curves(named, plt):
-    """Training loss, smoothed, and validation points against steps, tokens and training time."""
-    import numpy as np
-    in_bits = all(c['factor'] for c in named.values())
-    longest = max((c['seconds'][-1] for c in named.values() if c['seconds'] is not None), default=0)
-    unit, width = ('hours', 3600) if longest > 7200 else ('minutes', 60) if longest > 180 else ('seconds', 1)
-    panels = {'step': ('training steps', 1), 'tokens': ('training tokens', 1)}
-    if longest:
-        panels['seconds'] = (f'training time ({unit})', width)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), sharey=True, layout='constrained')
-    tops, lows = [], []
-    for i, (name, c) in enumerate(named.items()):
-        scale, colour = c['factor'] if in_bits else 1, COLOURS[i % len(COLOURS)]
-        style = STYLES[i // len(COLOURS) % len(STYLES)]
-        y = moving_average(c['nats'], smooth or max(1, len(c['nats']) // 50)) * scale
-        thin = slice(None, None, max(1, len(y) // 2000))
-        tops.append(y[len(y) // 5])
-        lows += [y.min(), *(nats * scale for _, nats in c['val'])]
-        for axis, (column, (label, divisor)) in zip(axes, panels.items()):
-            axis.set_xlabel(label)
-            if c[column] is None:
-                continue
-            x = c[column] / divisor
-            axis.plot(x[thin], y[thin], style, color=colour, lw=1.3, label=name)
-            if c['val']:
-                steps, nats = np.array(c['val']).T
-                axis.plot(np.interp(steps, c['step'], x), nats * scale, 'o', color=colour, ms=4.5, mfc='white', mew=1.2)
-            axis.plot(np.interp(c['prunings'], c['step'], x), np.interp(c['prunings'], c['step'], y), 'v', color=colour,
-                      ms=7, mec='white', mew=0.8, zorder=4)
-    margin = 0.05 * (max(tops) - min(lows)) or 0.1
-    axes[0].set(ylim=(min(lows) - margin, max(tops) + margin),
-                ylabel='training loss (bits per byte)' if in_bits else 'training loss (nats per token)')
-    for axis in axes[:2]:
-        axis.locator_params('x', nbins=6)
-        shorten_ticks(axis.xaxis)
-    handles = axes[0].get_legend_handles_labels()[0]
-    handles += [plt.Line2D([], [], ls='', marker='o', color=GREY, ms=4.5, mfc='white', mew=1.2, label='validation'),
-                plt.Line2D([], [], ls='', marker='v', color=GREY, ms=7, label='pruning')]
-    figure.legend(handles=handles, loc='outside lower center', ncols=min(6, len(handles)))
-    return figure
 
 
 def draw_size(points, name, n_bytes, plt):
@@ -342,16 +242,16 @@ def draw_diversity(found, plt):
 
 def main(argv=None):
     _, paths, _ = configure(globals(), ['plot', *(sys.argv[1:] if argv is None else argv)], verbs=dict(plot=-1))
-    require(one_of('size', size, ('bits_est', 'nnz4')), at_least('smooth', smooth, 0), at_least('dpi', dpi, 1))
+    xs = [part.strip() for part in x.split(',')]
+    require(one_of('size', size, ('bits_est', 'nnz4')), at_least('smooth', smooth, 0), at_least('dpi', dpi, 1),
+            *(one_of('x', part, tuple(AXES)) for part in xs))
     folders = find_folders(paths)
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
     import runs
-    plt.rcParams.update({'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-                         'grid.color': '#E6E6E6', 'grid.linewidth': 0.7, 'axes.axisbelow': True,
-                         'legend.frameon': False, 'axes.titlesize': 10.5, 'savefig.bbox': 'tight', 'pdf.fonttype': 42})
+    plt.rcParams.update(LOOK)
     records, evaluated, measured, scored = {}, {}, [], {}
     for folder in folders:
         record = runs.read_run(folder)
@@ -373,10 +273,14 @@ def main(argv=None):
         print(f'wrote {os.path.join(plot_dir, name)}.png and .pdf')
 
     curves = {r['run_id']: c for folder, r in records.items() if (c := read_curves(folder))}
-    if curves:
-        save('training_curves', draw_curves(curves, plt))
+    for part in xs:
+        if lacking := [name for name, c in curves.items() if c[part] is None]:
+            print(f'training_curves by {part} without {", ".join(lacking)}: not recorded when they were trained')
+    if panels := [part for part in xs if any(c[part] is not None for c in curves.values())]:
+        save('training_curves', draw_curves(curves, panels, smooth))
     else:
-        print(f'skipped training_curves: none of {len(folders)} folders has a train_loss.csv and a log.txt')
+        print(f'skipped training_curves: none of {len(folders)} folders has a train_loss.csv and a log.txt with'
+              f' {", ".join(xs)}')
     if measured and (found := read_diversity(measured, records, scored.values())):
         save('diversity', draw_diversity(found, plt))
     elif measured:

@@ -165,7 +165,7 @@ def open_run_folder(path, overwrite, resume=False, parent=''):
     os.makedirs(path, exist_ok=True)
     if not resume:
         for name in os.listdir(path):
-            if name.startswith(('ckpt.', 'best.pt')) or name in ('log.txt', 'train_loss.csv', 'run.json'):
+            if name.startswith(('ckpt.', 'best.pt')) or name in ('log.txt', 'train_loss.csv', 'loss.png', 'run.json'):
                 remove(os.path.join(path, name))
 
 
@@ -234,7 +234,8 @@ def rss_anon_bytes():
 def open_logs(out_dir, columns, step):
     """Open log.txt and train_loss.csv, cut back to the given step, so that a resumed run has no gap and no repeat.
 
-    columns: of the CSV; the third is the step. Returns (log, csv file, csv writer).
+    columns: of the CSV; the third is the step; the last ones may be new since the run began. Returns (log, csv file,
+    csv writer).
     """
     log_path, csv_path = os.path.join(out_dir, 'log.txt'), os.path.join(out_dir, 'train_loss.csv')
     rows, lines = [], []
@@ -243,7 +244,8 @@ def open_logs(out_dir, columns, step):
             lines = list(takewhile(lambda line: int((re.search(r' step=(\d+)', line) or '00')[1]) <= step, f))
     if step and os.path.exists(csv_path):
         with open(csv_path, newline='', encoding='utf-8') as f:
-            rows = [r for r in list(csv.reader(f))[1:] if len(r) == len(columns) and int(r[2]) <= step]
+            header, *rows = csv.reader(f)
+        rows = [r + [''] * (len(columns) - len(r)) for r in rows if len(r) == len(header) and int(r[2]) <= step]
     loss_file = open(f'{csv_path}.tmp', 'w', newline='', encoding='utf-8')
     loss_csv = csv.writer(loss_file)
     loss_csv.writerow(columns)

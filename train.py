@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 train.py config/wiki_16mb_pmmp.py           many GPUs, same batches
     python train.py config/wiki_16mb_pmmp.py --check                        resolved knobs and the plan, nothing is run
 
-In: data/DATASET. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt, train_loss.csv, run.json}. Exit 85: saved, to be continued.
+In: data/DATASET. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt, train_loss.csv, loss.png, run.json}. Exit 85: saved, to be
+continued.
 Procedures edit gradients after backward and project after the step (Barth & von Petersenn 2025; METHODS in LOG.md).
 Clipping comes after the edit, Adam normalises both, as upstream: an alpha belongs to its optimiser and learning rate.
 """
@@ -129,7 +130,8 @@ wandb_log = False
 wandb_project = 'nanomdl'
 # -----------------------------------------------------------------------------
 
-CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros')
+CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros',
+               'seconds')       # of steps alone, over all resumptions
 PAIRED = ('with_nats', 'without_nats', 'difference_nats', 'true_wins')      # of rows with and without metadata
 MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 
@@ -164,6 +166,7 @@ def main(argv=None):
     check_knobs(k, n_ranks)
     import torch
 
+    import curves
     import pairs
     import parallel
     import runs
@@ -172,7 +175,7 @@ def main(argv=None):
     from bins import batch_starts, key_of, n_blocks, read_meta
     from encoders import load_encoder, objective_rule, with_objective
     from mixture import common_splits, open_data
-    from model import config_from_knobs, make, model_args, optimizer_groups
+    from model import config_from_knobs, flops_per_token, make, model_args, optimizer_groups
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):
@@ -268,8 +271,8 @@ def main(argv=None):
     require((n_steps > 0, 'nothing to train: epochs_prelude, epochs, epochs_fine_tuning and max_iters are all 0'))
     counters = dict(step=0, tokens=0, online_nats=0.0, online_tokens=0, epsilon=0.0, tolerance_spent=0.0, n_prunings=0,
                     nonzeros=0, best_val=math.inf, final_val_loss=math.nan, final_train_loss=math.nan,
-                    train_seconds=0.0)
-    counters.update({name: start[name] for name in counters if resume})
+                    train_seconds=0.0, step_seconds=0.0)
+    counters.update({name: start[name] for name in counters if resume and name in start})
     if env.main:                                                        # last: nothing above may cost an older run
         runs.open_run_folder(out_dir, overwrite, init_from == 'resume', '' if resume else parent)
     env.barrier()
@@ -278,7 +281,7 @@ def main(argv=None):
     bytes_per_token = train_data.text_bytes / (train_data.n_targets if row_length else train_data.n_tokens)
     eval_rows = score.rows_per_forward(T)
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in raw_model.parameters()),
-                            n_steps=n_steps, data=data_facts,
+                            n_steps=n_steps, data=data_facts, flops_per_token=flops_per_token(model_config),
                             parent=runs.parent_of(parent) if parent and env.main else {})
     if stop_when == 'first_exhausted' and data_mix and env.main:
         print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
@@ -404,6 +407,7 @@ def main(argv=None):
         bar = runs.progress_bar(f"{phase['name']} ({phase['procedure']})", phase['n_steps'], done, env)
         window = [time.time(), 0, 0.0]                                  # for log.txt: start, tokens, nats
         while done < phase['n_steps']:
+            began = time.time()
             for group_owner, peak in zip(optimizers, peaks):
                 for group in group_owner.param_groups:
                     group['lr'] = rate_at(counters['step'], n_steps, peak, k)
@@ -474,6 +478,7 @@ def main(argv=None):
             counters['step'] += 1
             counters['tokens'] += n_scored
             counters['final_train_loss'] = loss_nats
+            counters['step_seconds'] += time.time() - began
             if first_pass and (counters['step'] - 1) % steps_per_chunk == 0:
                 counters['online_nats'] += loss_nats * n_scored
                 counters['online_tokens'] += n_scored
@@ -481,7 +486,8 @@ def main(argv=None):
             step = counters['step']
             if env.main and step % log_every == 0:
                 loss_csv.writerow((phase['name'], epoch, step, counters['tokens'], f'{loss_nats:.6f}', f'{lr:.4g}',
-                                   f'{norm:.4g}', f'{penalised:.4g}', counters['nonzeros']))
+                                   f'{norm:.4g}', f'{penalised:.4g}', counters['nonzeros'],
+                                   f"{counters['step_seconds']:.3f}"))
             bar.update()
             if step % log_interval == 0 or done == phase['n_steps']:
                 speed, mean = window[1] / (time.time() - window[0]), window[2] / window[1]
@@ -540,6 +546,9 @@ def main(argv=None):
         found = score.evaluate(raw_model, test_data, T, eval_rows, env, progress='test split')
         totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
                       test_accuracy=found['accuracy'])
+    if env.main:
+        loss_file.flush()
+        note(curves.draw_run(out_dir))
     note('done ' + ' '.join(f'{k}={v:.5g}' if isinstance(v, float) else f'{k}={v}' for k, v in totals.items()),
          **{k: v for k, v in totals.items() if v})
     record.update(status='done', **totals)

@@ -21,8 +21,8 @@ def fake_run(folder, theta, steps=range(1, N_STEPS + 1), loss='1.0', moment=0.5)
         runs.save_checkpoint(str(folder / name), dict(
             model=dict(a=torch.tensor(theta)), train_seconds=len(str(folder)), config=dict(init_from=str(folder)),
             optimizer=dict(state={0: dict(exp_avg=torch.tensor([moment]))})))
-    rows = ''.join(f'main,0,{step},{loss}\n' for step in steps)
-    (folder / 'train_loss.csv').write_text('phase,epoch,step,loss_nats\n' + rows)
+    rows = ''.join(f'main,0,{step},{loss},{step * len(folder.name)}\n' for step in steps)
+    (folder / 'train_loss.csv').write_text('phase,epoch,step,loss_nats,seconds\n' + rows)
     return str(folder)
 
 

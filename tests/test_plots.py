@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import run_script
 
+import curves
 import plots
 import runs
 from configurator import UserError
@@ -18,23 +19,25 @@ LN2 = np.log(2)
 
 
 def make_run(folder, bits=4.0, model_bytes=5000, nonzeros=10, log=True, prunings=(), **more):
-    """Write a run folder: a loss that falls from 8 bits to `bits` in 40 steps of 1,000 tokens at 500 tokens/s."""
+    """Write a run folder: a loss that falls from 8 bits to `bits` in 40 steps of 1,000 tokens, 2 s each."""
     os.makedirs(folder, exist_ok=True)
     record = dict(run_id=os.path.basename(folder), status='done', procedure='vanilla', alpha=0.0, n_params=100,
                   final_train_blocks=-1, train_data_bytes=round(bits * N / 8), train_bits_per_byte=bits,
                   model_byte_size=4 * nonzeros, non_zero_params=nonzeros, bits_est_bytes=model_bytes,
-                  data=dict(dataset='toy', sha256='5' * 64), parent={})
+                  data=dict(dataset='toy', sha256='5' * 64), parent={}, flops_per_token=60, batch_size=10,
+                  seq_length=100)
     runs.write_json(os.path.join(folder, 'run.json'), record | more)
     if log:
         with open(os.path.join(folder, 'train_loss.csv'), 'w', encoding='utf-8') as f:
-            f.write('phase,epoch,step,tokens,loss_nats,lr,grad_norm,grad_norm_penalised,nonzeros\n')
+            f.write('phase,epoch,step,tokens,loss_nats,lr,grad_norm,grad_norm_penalised,nonzeros,seconds\n')
             for step in range(1, 41):
-                f.write(f'main,0,{step},{1000 * step},{(bits + (8 - bits) / step) * LN2:.6f},0.001,1,1,100\n')
+                nats = (bits + (8 - bits) / step) * LN2
+                f.write(f'main,0,{step},{1000 * step},{nats:.6f},0.001,1,1,100,{2 * step}\n')
         with open(os.path.join(folder, 'log.txt'), 'w', encoding='utf-8') as f:
             for step in (20, 40):
                 nats = (bits + 0.1) * LN2
                 f.write(f'23:59:5{step // 20} train phase=main epoch=0 step={step} loss={nats:.5f} bpb={nats / LN2:.4f}'
-                        f' lr=0.001 grad_norm=1 nonzeros=100 tokens_per_second={500 * 20 // step}\n')
+                        f' lr=0.001 grad_norm=1 nonzeros=100 tokens_per_second=500\n')
                 f.write(f'00:00:0{step // 20} val phase=main step={step} loss={nats:.5f} bpb={nats / LN2:.4f}\n')
             for step in prunings:
                 f.write(f'00:00:05 prune by=magnitude phase=main step={step} epsilon=0.02 loss_before=1 loss_after=1\n')
@@ -46,6 +49,7 @@ def default_knobs(monkeypatch):
     """main() of another test leaves its knobs; draw with the defaults."""
     monkeypatch.setattr(plots, 'size', 'bits_est')
     monkeypatch.setattr(plots, 'smooth', 0)
+    matplotlib.rcdefaults()
 
 
 @pytest.fixture
@@ -111,6 +115,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, expected', [(['HERE/none'], 'no run at'), (['HERE/no*'], 'no run at'),
                                              (['--out=HERE'], 'no run at'), (['--size=raw'], 'size = .raw.'),
+                                             (['--x=flops,hours'], 'x = .hours.'),
                                              (['--plotdir=x'], 'did you mean plot_dir')])
 def test_bad_input(tmp_path, flags, expected):
     with pytest.raises(UserError, match=expected):
@@ -118,14 +123,14 @@ def test_bad_input(tmp_path, flags, expected):
 
 
 def test_curves_are_what_the_logs_say(tmp_path):
-    """Steps, losses, validation, prunings; time from the logged speeds: 20,000 tokens at 500/s, then at 250/s."""
+    """Steps, losses, validation, prunings; time from the csv; FLOPs of whole batches, scored or not."""
     c = plots.read_curves(make_run(tmp_path / 'a', bits=2.0, prunings=[20, 30]))
-    assert c['step'].tolist() == list(range(1, 41)) and c['tokens'][-1] == 40_000 and c['prunings'] == [20, 30]
+    assert c['steps'].tolist() == list(range(1, 41)) and c['tokens'][-1] == 40_000 and c['prunings'] == [20, 30]
     assert c['nats'] == pytest.approx([(2 + 6 / s) * LN2 for s in range(1, 41)], abs=1e-5)
     assert c['val'] == [(20, pytest.approx(2.1 * LN2, abs=1e-5)), (40, pytest.approx(2.1 * LN2, abs=1e-5))]
     assert c['factor'] == pytest.approx(1 / LN2, rel=1e-3)
-    assert c['seconds'][19] == pytest.approx(40) and c['seconds'][39] == pytest.approx(40 + 80)
-    assert c['seconds'][0] == pytest.approx(2) and np.all(np.diff(c['seconds']) > 0)
+    assert c['wallclock'].tolist() == list(range(2, 81, 2))
+    assert c['flops'].tolist() == [60_000 * step for step in range(1, 41)]
     os.remove(tmp_path / 'a' / 'train_loss.csv')
     assert plots.read_curves(str(tmp_path / 'a')) == {}
 
@@ -134,8 +139,41 @@ def test_a_row_that_is_being_written_is_left_out(tmp_path):
     """A running job's last line may be cut."""
     run = make_run(tmp_path / 'a')
     with open(os.path.join(run, 'train_loss.csv'), 'a', encoding='utf-8') as f:
-        f.write('main,0,41,41000,1.5')
-    assert plots.read_curves(run)['step'][-1] == 40
+        f.write('main,0,41,41000,1.5,0.001,1,1,100,8')
+    assert plots.read_curves(run)['wallclock'][-1] == 80
+
+
+def test_runs_of_before_have_no_cost_and_that_is_said(tmp_path, capsys):
+    """A csv without seconds, a run.json without FLOPs: other panels are drawn, the line names the run."""
+    old, new = make_run(tmp_path / 'old'), make_run(tmp_path / 'new')
+    table = os.path.join(old, 'train_loss.csv')
+    with open(table, encoding='utf-8') as f:
+        rows = [line.rpartition(',')[0] for line in f]
+    with open(table, 'w', encoding='utf-8') as f:
+        f.write('\n'.join(rows) + '\n')
+    record = runs.read_run(old)
+    del record['flops_per_token']
+    runs.write_json(os.path.join(old, 'run.json'), record)
+    assert plots.main([old, new, f'--plot_dir={tmp_path / "fig"}', '--dpi=40', '--x=flops,wallclock']) == 0
+    printed = capsys.readouterr().out
+    for part in ('flops', 'wallclock'):
+        assert f'training_curves by {part} without old: not recorded' in printed
+    figure = plots.draw_curves({'old': plots.read_curves(old), 'new': plots.read_curves(new)}, ['flops'])
+    assert [line.get_label() for line in figure.axes[0].lines if len(line.get_xdata()) == 40] == ['new']
+    assert plots.main([old, f'--plot_dir={tmp_path / "none"}', '--x=flops,wallclock']) == 0
+    assert 'skipped training_curves' in capsys.readouterr().out and not os.listdir(tmp_path / 'none')
+
+
+def test_a_run_draws_its_own_loss_and_survives_failing(tmp_path, monkeypatch):
+    """loss.png in the run folder; a broken log, an unwritable folder or matplotlib itself fails no training."""
+    run = make_run(tmp_path / 'a')
+    assert curves.draw_run(run) == f'drawn {run}/loss.png'
+    with open(os.path.join(run, 'loss.png'), 'rb') as f:
+        assert f.read(4) == b'\x89PNG'
+    assert curves.draw_run(make_run(tmp_path / 'none', log=False)).startswith('no loss.png: fewer than two rows')
+    monkeypatch.setattr(curves, 'draw_curves', lambda *args: 1 / 0)
+    assert 'no loss.png (ZeroDivisionError' in curves.draw_run(run)
+    assert plt.rcParams['axes.grid'] == matplotlib.rcParamsDefault['axes.grid']
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 8, 50, 1000])
@@ -144,24 +182,25 @@ def test_moving_average_is_centred(n):
     values = np.random.default_rng(0).normal(size=50)
     width = min(n, 50)
     expected = [values[max(0, i - (width - 1) + width // 2):i + width // 2 + 1].mean() for i in range(50)]
-    assert plots.moving_average(values, n) == pytest.approx(expected)
-    assert plots.moving_average(np.full(50, 3.0), n) == pytest.approx(np.full(50, 3.0))
+    assert curves.moving_average(values, n) == pytest.approx(expected)
+    assert curves.moving_average(np.full(50, 3.0), n) == pytest.approx(np.full(50, 3.0))
 
 
 def test_curves_figure_has_every_run_in_bits(sweep):
-    """Three panels, a line per run, the end of a line at the run's loss in bits per byte."""
+    """A panel per quantity, a line per run, the end of a line at the run's loss in bits per byte."""
     named = {name: plots.read_curves(str(sweep / name)) for name in ('vanilla', 'pmmp_0.0001')}
-    figure = plots.draw_curves(named, plt)
-    assert [a.get_xlabel() for a in figure.axes] == ['training steps', 'training tokens', 'training time (seconds)']
+    figure = plots.draw_curves(named, ['steps', 'tokens', 'flops', 'wallclock'])
+    assert [a.get_xlabel() for a in figure.axes] == ['training steps', 'training tokens', 'training FLOPs',
+                                                     'training time (seconds)']
     assert 'bits per byte' in figure.axes[0].get_ylabel()
-    for axis, end in zip(figure.axes, (40, 40_000, 120)):
+    for axis, end in zip(figure.axes, (40, 40_000, 2_400_000, 80)):
         lines = {line.get_label(): line.get_xydata() for line in axis.lines if not line.get_label().startswith('_')}
         assert set(lines) == set(named)
         assert lines['vanilla'][-1] == pytest.approx((end, 3 + 5 / 40), rel=1e-3)
         assert lines['pmmp_0.0001'][-1] == pytest.approx((end, 4 + 4 / 40), rel=1e-3)
     named['vanilla']['factor'] = 0              # its bytes per token are not known: all in nats
-    figure = plots.draw_curves(named, plt)
-    assert 'nats' in figure.axes[0].get_ylabel()
+    figure = plots.draw_curves(named, ['tokens'])
+    assert 'nats' in figure.axes[0].get_ylabel() and len(figure.axes) == 1
     line = next(line for line in figure.axes[0].lines if line.get_label() == 'vanilla')
     assert line.get_ydata()[-1] == pytest.approx((3 + 5 / 40) * LN2, rel=1e-3)
     plt.close('all')

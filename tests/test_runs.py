@@ -236,7 +236,7 @@ def test_processes_that_cannot_meet_are_told_so(environ, words, monkeypatch):
 def test_run_folder_is_refused_or_replaced_as_asked(tmp_path, status, overwrite, resume, words):
     """Hours of training must not be overwritten by a second launch; nothing changes where it is refused."""
     (tmp_path / 'run.json').write_text(json.dumps(dict(status=status)))
-    for name in ('ckpt.pt', 'best.pt', 'log.txt', 'train_loss.csv'):
+    for name in ('ckpt.pt', 'best.pt', 'log.txt', 'train_loss.csv', 'loss.png'):
         (tmp_path / name).write_text('precious')
     (tmp_path / 'notes.txt').write_text('mine')
     before = snapshot(tmp_path)
@@ -286,3 +286,12 @@ def test_anonymous_memory_does_not_count_mapped_files(tmp_path):
     mapped = np.memmap(tmp_path / 'big.bin', np.uint8, 'r')
     assert int(mapped.max()) == 0                               # touches every page
     assert before > 1 << 20 and runs.rss_anon_bytes() - before < 16 << 20
+
+
+def test_a_resumed_log_is_cut_back_and_takes_a_new_last_column(tmp_path):
+    """A run that began before a column was added keeps its rows; a row cut by a kill goes."""
+    (tmp_path / 'train_loss.csv').write_text('phase,epoch,step,loss\nmain,0,1,2.5\nmain,0,2,2.25\nmain,0,3,2.0\nmain,0')
+    log, loss_file, _ = runs.open_logs(str(tmp_path), ('phase', 'epoch', 'step', 'loss', 'seconds'), 2)
+    log.close(), loss_file.close()
+    lines = (tmp_path / 'train_loss.csv').read_text().splitlines()
+    assert lines == ['phase,epoch,step,loss,seconds', 'main,0,1,2.5,', 'main,0,2,2.25,']

@@ -30,9 +30,14 @@ THREE_PHASES = ('--procedure=pmmp', '--alpha=1e-3', '--initial_u_value=0.1', '--
 
 
 def losses_of(folder):
-    """Return the rows of train_loss.csv as dicts."""
+    """Return the rows of train_loss.csv as dicts, without the time they took."""
     with open(os.path.join(folder, 'train_loss.csv'), newline='') as f:
-        return list(csv.DictReader(f))
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(f)]
+
+
+def seconds_of(folder):
+    with open(os.path.join(folder, 'train_loss.csv'), newline='') as f:
+        return [float(row['seconds']) for row in csv.DictReader(f)]
 
 
 def weights_of(folder, name='ckpt.pt'):
@@ -114,7 +119,7 @@ def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
     assert record['n_steps'] == 22
     assert [p for p in open(tmp_path / 'run' / 'log.txt') if ' prune ' in p and 'step=10' in p]
     assert abs(record['sparsity'] - (1 - nonzeros[18] / record['n_params'])) < 1e-12
-    for name in ('ckpt.pt', 'best.pt', 'log.txt', 'train_loss.csv', 'run.json'):
+    for name in ('ckpt.pt', 'best.pt', 'log.txt', 'train_loss.csv', 'loss.png', 'run.json'):
         assert (tmp_path / 'run' / name).exists()
 
 
@@ -407,10 +412,13 @@ def unbroken(tmp_path_factory, toy):
 def assert_same_run(folder, reference):
     """The same tensors in both checkpoints, the same rows in train_loss.csv, the same results."""
     one, two = (runs.load_checkpoint(os.path.join(f, 'ckpt.pt')) for f in (folder, reference))
-    for key in set(one) - {'config', 'parent', 'train_seconds', 'versions', 'commit'}:
+    for key in set(one) - {'config', 'parent', 'train_seconds', 'step_seconds', 'versions', 'commit'}:
         assert same(one[key], two[key]), key
     assert same(weights_of(folder, 'best.pt'), weights_of(reference, 'best.pt'))
     assert losses_of(folder) == losses_of(reference)
+    seconds = seconds_of(folder)                            # of steps, over all resumptions
+    assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(one['step_seconds'], abs=1e-3)
+    assert 0 < seconds[0] < seconds[-1] < one['train_seconds'] + 1e-3
     a, b = runs.read_run(folder), runs.read_run(reference)
     for key in ('status', 'mean_test_loss', 'mean_train_loss', 'final_val_loss', 'epsilon', 'non_zero_params',
                 'tokens_seen', 'n_prunings',
