@@ -5,6 +5,7 @@
     python eval.py --from_ckpt=out/a --description_length                       the training split too: two-part lengths
     python eval.py --from_ckpt=out/a --minimal_context_window=192               every byte sees at least 192 before it
     python eval.py --from_ckpt=out/a --pairs=c4meta             the same targets with and without metadata
+    python eval.py --from_ckpt=out/a --metrics=ce,hamming,information,random_tokens
     python eval.py --from_ckpt=gpt2,out/b --dataset=wikitext103 --stride=512    a hub id; rows overlap by half
 
 In: run folders, checkpoint files, Hugging Face folders or hub ids; data sets. Out: one table, and
@@ -14,6 +15,8 @@ Totals are two-part code lengths, model bytes + data bytes, by what a weight cos
 non-zero without its index (published figures do this; nothing decodes it); bits_est, the entropy of the 8-bit tensors.
 archive_bytes is the size of a file that decodes, model included. online_bytes is the code length of the first pass of
 training, each batch coded before its update: no model to send. Compressors' own programs are not counted.
+hamming is the share of tokens guessed right (accuracy), information 1 - H/ln V of a loss of H nats per token;
+random_tokens scores uniformly random ids too, of which a model that does not peek knows nothing.
 loss_low and loss_high are a 95 % bootstrap interval over documents; interval_over in the csv says of what.
 """
 import hashlib
@@ -37,6 +40,8 @@ pairs = ''                      # sets of prepare_metadata.py, by commas: the sa
 verify = False                  # check the SHA-256 of the data first
 block_size = 0                  # tokens a row scores; 0 = the checkpoint's own
 batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens
+metrics = 'ce,ppl,bpb,hamming'  # columns: ce, ppl, bpb, hamming, information; random_tokens: again on random ids
+random_seed = 0                 # of these ids
 stride = 0                      # tokens a row advances and scores, the others are context; 0 = blocks side by side
 minimal_context_window = 0      # tokens that every scored one sees before it, where they exist; 0 = as stride says
 first_token = 'score'           # 'score', or 'skip': a block's first token is input only, as in published GPT-2 figures
@@ -52,7 +57,10 @@ device = 'auto'
 dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
 # -----------------------------------------------------------------------------
 
-SHOWN = ('run data tokens loss_nats loss_low loss_high bits_per_byte perplexity perplexity_per_word accuracy '
+METRICS = dict(ce='loss_nats loss_low loss_high', bpb='bits_per_byte', ppl='perplexity perplexity_per_word',
+               hamming='accuracy', information='information',
+               random_tokens='random_loss_nats random_perplexity random_accuracy random_information')
+SHOWN = (f'run data tokens {" ".join(METRICS.values())} '
          'data_bytes raw_total_bytes nnz4_total_bytes bits_est_total_bytes archive_bytes online_bytes seconds').split()
 SHOWN_PAIRS = ('run data type pieces documents tokens with_nats without_nats difference_nats difference_low '
                'difference_high with_bits_per_byte without_bits_per_byte with_perplexity without_perplexity true_wins '
@@ -255,6 +263,11 @@ def model_rows(path, bins, packed, env):
                                context_of(length), progress=f'{name_of(path)} on {name}/{part}',
                                skip_first=first_token == 'skip', units=units)
         found.update(units.interval(bootstrap, env) if units else {})
+        if 'random_tokens' in listed(metrics):
+            chance = score.evaluate(model, score.random_like(data, random_seed), length,
+                                    batch_size or score.rows_per_forward(length), env, context_of(length),
+                                    skip_first=first_token == 'skip')
+            found.update({key: chance[key.removeprefix('random_')] for key in METRICS['random_tokens'].split()})
         if words := data.count_words() * found['tokens'] / max(data.n_tokens, 1):
             found['perplexity_per_word'] = math.exp(min(found['loss_nats'] * found['tokens'] / words, 700))
         found['data_bytes'] = round(found['data_bytes'])
@@ -288,7 +301,8 @@ def main(argv=None):
     splits += ['train'] if description_length and 'train' not in splits else []
     require((paths or baselines and sets, 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN, or --baselines'
              ' with a --dataset'), (splits, 'split is empty; write --split=test'),
-            one_of('first_token', first_token, ('score', 'skip')),
+            one_of('first_token', first_token, ('score', 'skip')), (listed(metrics), 'metrics is empty; name some of'
+            f' {", ".join(METRICS)}'), *(one_of('metrics', name, tuple(METRICS)) for name in listed(metrics)),
             *(at_least(k, globals()[k], 0)
               for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window', 'stride', 'bootstrap')),
             (first_token == 'score' or not (minimal_context_window or stride),
@@ -373,7 +387,8 @@ def main(argv=None):
         absent = {'zstd -19', 'brotli -q 11', 'bzip3', '7z PPMd', 'zpaq -m5'} - set(streams()) - set(tools(0))
         print(f'compressors not here: {", ".join(sorted(absent)) or "none"}')
     both = [(SHOWN, [r for r in rows if 'pieces' not in r]), (SHOWN_PAIRS, [r for r in rows if 'pieces' in r])]
-    table = '\n'.join(runs.markdown(some, [c for c in shown if any(c in r for r in some)])
+    hidden = {column for name in METRICS if name not in listed(metrics) for column in METRICS[name].split()}
+    table = '\n'.join(runs.markdown(some, [c for c in shown if c not in hidden and any(c in r for r in some)])
                       for shown, some in both if some)
     with open(table_path, 'w', encoding='utf-8') as f:
         f.write(table + '\n')

@@ -1,4 +1,5 @@
 """Score a model on a split: sums first (nats, tokens, correct), means last, every token once, over all ranks."""
+import copy
 import math
 import re
 from itertools import islice
@@ -13,6 +14,7 @@ from configurator import UserError
 LN2 = math.log(2)
 FEW_DOCUMENTS = 30              # below, the interval is over blocks
 BLOCK_BYTES = 2048
+RANDOM_TOKENS = 1 << 20         # of the control without any structure
 
 
 def n_windows(n_tokens, block_size, minimal_context=0):
@@ -76,12 +78,32 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
     return dict(nats=nats, tokens=int(tokens), correct=int(correct))
 
 
-def metrics(sums, text_bytes):
-    """Turn sums over tokens that stand for text_bytes bytes into nats, bits per byte, perplexity, accuracy, bytes."""
+def metrics(sums, text_bytes, vocab_size):
+    """Turn sums over tokens that stand for text_bytes bytes into nats, bits per byte, perplexity, accuracy, bytes.
+
+    accuracy: share of tokens that are the most likely one (what Badger calls Hamming). information: 1 - H/ln V, the
+    share of a uniform token's entropy that the model knows (METHODS §6); negative where it is worse than a guess.
+    """
     tokens = max(sums['tokens'], 1)
     loss, bits = sums['nats'] / tokens, sums['nats'] / LN2
     return dict(loss_nats=loss, bits_per_byte=bits / max(text_bytes, 1), perplexity=math.exp(min(loss, 700)),
-                accuracy=sums['correct'] / tokens, data_bytes=bits / 8, tokens=sums['tokens'], text_bytes=text_bytes)
+                accuracy=sums['correct'] / tokens, information=1 - loss / math.log(max(vocab_size, 2)),
+                data_bytes=bits / 8, tokens=sums['tokens'], text_bytes=text_bytes)
+
+
+def random_like(data, seed):
+    """Return up to 2^20 leading tokens of data (bins.Bin) with uniformly random ids in place of its own: a control.
+
+    Rows keep their masks. No model is right about these tokens: H >= ln V, accuracy 1/V, information <= 0.
+    """
+    part = copy.copy(data.head(RANDOM_TOKENS // max(data.row_length, 1) * max(data.row_length, 1)))
+    part.tokens = np.random.default_rng(seed).integers(0, data.vocab_size, part.n_tokens).astype(part.tokens.dtype)
+    return part
+
+
+def embedding_nats(n_numbers, bits, n_tokens):
+    """Return what a vector that a decoder is given costs beside the loss, in nats per token: n·bits·ln2/n_tokens."""
+    return n_numbers * bits * LN2 / n_tokens
 
 
 def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, progress='', skip_first=False,
@@ -89,10 +111,10 @@ def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_bl
     """Score and return metrics; text bytes are those of the scored tokens, with skip_first their share of the split."""
     sums = score(model, data, block_size, batch_size, env, minimal_context, max_blocks, progress, skip_first, units)
     if data.row_length:                                         # prefixes and padding are tokens too, but not scored
-        return metrics(sums, data.head(max_blocks * block_size).text_bytes)
+        return metrics(sums, data.head(max_blocks * block_size).text_bytes, data.vocab_size)
     part = round(data.text_bytes * sums['tokens'] / max(data.n_tokens, 1))
     text_bytes = part if skip_first else data.head(sums['tokens']).text_bytes
-    return metrics(sums, text_bytes)
+    return metrics(sums, text_bytes, data.vocab_size)
 
 
 class Units:

@@ -18,6 +18,7 @@ import bins
 import eval as evaluation
 import gpt2
 import runs
+import score as scoring
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
 
@@ -78,6 +79,38 @@ def test_uniform_model_costs_8_bits_a_byte(toy, tmp_path):
     row, = score(toy, tmp_path, f'--from_ckpt={path}')
     assert row['bits_per_byte'] == pytest.approx(8, abs=1e-6) and row['perplexity'] == pytest.approx(256, rel=1e-5)
     assert (row['tokens'], row['text_bytes'], row['data_bytes']) == (N_TEST, N_TEST, N_TEST)
+
+
+def test_metrics_equal_a_loop_over_predictions(toy, tmp_path, capsys):
+    """Accuracy, perplexity and information by one forward per byte; the same on random ids, which are seeded."""
+    path, model = save(tmp_path / 'm')
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', '--max_tokens=40', '--metrics=ppl,information,random_tokens')
+    header = capsys.readouterr().out.splitlines()[0]
+    assert all(c in header for c in (' perplexity ', ' information ', ' random_accuracy ', ' random_information '))
+    assert not any(c in header for c in (' loss_nats ', ' bits_per_byte ', ' accuracy '))       # not asked for
+    text = open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read()[:40]
+    for before, ids in (('', text), ('random_', np.random.default_rng(0).integers(0, 256, 40).tolist())):
+        ids, nats, right = [10, *ids], [], 0
+        for i in range(40):
+            context = ids[i // T * T:i + 1]
+            nats.append(nats_of(model, context, ids[i + 1]))
+            right += int(model(torch.tensor([context]))[0, -1].argmax()) == ids[i + 1]
+        loss = sum(nats) / 40
+        assert row[f'{before}loss_nats'] == pytest.approx(loss, rel=1e-6)
+        assert row[f'{before}perplexity'] == pytest.approx(math.exp(loss), rel=1e-5)
+        assert row[f'{before}accuracy'] == right / 40
+        assert row[f'{before}information'] == pytest.approx(1 - loss / math.log(256), abs=1e-6)
+    other, = score(toy, tmp_path, f'--from_ckpt={path}', '--metrics=random_tokens', '--max_tokens=40',
+                   '--random_seed=1')
+    assert other['random_loss_nats'] != row['random_loss_nats'] and other['loss_nats'] == row['loss_nats']
+
+
+def test_nothing_is_known_of_random_tokens(toy, tmp_path):
+    """A model with a uniform prediction knows nothing of both; a vector costs all of its bits."""
+    path, _ = save(tmp_path / 'u', uniform)
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', '--metrics=information,random_tokens')
+    assert row['information'] == pytest.approx(0, abs=1e-6) and row['random_information'] == pytest.approx(0, abs=1e-6)
+    assert scoring.embedding_nats(64, 16, 512) * 512 / math.log(2) == pytest.approx(64 * 16)
 
 
 @pytest.mark.parametrize('flags', [(), ('--batch_size=3',), ('--block_size=7',), ('--minimal_context_window=5',),
@@ -360,6 +393,8 @@ BAD = {
     'negative': ('--from_ckpt=GOOD --max_tokens=-1', 'max_tokens = -1'),
     'archive count': ('--from_ckpt=GOOD --archive=a,b', 'expected one each'),
     'no archive': ('--from_ckpt=GOOD --archive=MISSING', 'no archive at'),
+    'metric': ('--from_ckpt=GOOD --metrics=ce,haming', "'haming', expected one of 'ce', 'bpb', 'ppl', 'hamming'"),
+    'no metric': ('--from_ckpt=GOOD --metrics=,', 'metrics is empty; name some of ce'),
     'not an archive': ('--from_ckpt=GOOD --archive=CUT', 'is not a nanoMDL archive'),
 }
 
