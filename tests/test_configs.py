@@ -11,6 +11,7 @@ from conftest import ROOT
 import configurator
 import distill
 import diversity
+import probe
 import train
 
 _LISTED = subprocess.run(['git', '-C', ROOT, 'ls-files', 'config/*.py'], capture_output=True, text=True,
@@ -93,7 +94,7 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
     for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text', 'prepare_metadata', 'prepare_pile',
-                 'diversity'):
+                 'diversity', 'probe', 'plots', 'eval'):
         spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
@@ -164,3 +165,11 @@ def test_the_published_settings_of_metadata():
         assert len({w['dataset'] for w in runs}) == len(runs)
         assert all({k for k in runs[0] if runs[0][k] != w[k]} <= {'out_dir', 'dataset'} for w in runs)
     assert small[0]['max_iters'] * small[0]['batch_size'] * small[0]['block_size'] == pytest.approx(1.5e6, rel=1e-3)
+
+
+def test_the_published_settings_of_probes():
+    """METHODS §6: 512 tokens, 128 rows, 200,000 steps, warm-up 500, linear decay to 0."""
+    v = values_of('probe_512.py', probe)
+    assert (v['block_size'], v['batch_size'], v['max_iters'], v['warmup_iters'], v['schedule'],
+            v['min_learning_rate_ratio'], v['weight_decay'], v['dtype'], v['mode'], v['expansion']) == (
+                512, 128, 200_000, 500, 'linear', 0, 0, 'bfloat16', 'information', 'unroll')
