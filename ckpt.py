@@ -129,6 +129,8 @@ def load_model(path, device='cpu', checkpoint=None):
 def load_weights(model, checkpoint, path):
     """Copy a checkpoint's weights into a model of the same shape; UserError names the difference where there is one."""
     from model import model_args
+    if 'model' not in checkpoint:
+        raise UserError(f'{path} holds the decoder of a probe, which is no model by itself; name its encoder')
     mine, theirs = model_args(model), checkpoint['model_args']
     differ = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine
               if theirs.get(k) != mine[k] and k != 'dropout']

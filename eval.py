@@ -17,6 +17,7 @@ archive_bytes is the size of a file that decodes, model included. online_bytes i
 training, each batch coded before its update: no model to send. Compressors' own programs are not counted.
 hamming is the share of tokens guessed right (accuracy), information 1 - H/ln V of a loss of H nats per token;
 random_tokens scores uniformly random ids too, of which a model that does not peek knows nothing.
+embedding_nats is what the vector costs that a decoder is given beside its loss, per token; it is in no other column.
 loss_low and loss_high are a 95 % bootstrap interval over documents; interval_over in the csv says of what.
 """
 import hashlib
@@ -42,6 +43,7 @@ block_size = 0                  # tokens a row scores; 0 = the checkpoint's own
 batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens
 metrics = 'ce,ppl,bpb,hamming'  # columns: ce, ppl, bpb, hamming, information; random_tokens: again on random ids
 random_seed = 0                 # of these ids
+embedding_bits = 16             # of each number of the vector that a decoder is given, for embedding_nats
 stride = 0                      # tokens a row advances and scores, the others are context; 0 = blocks side by side
 minimal_context_window = 0      # tokens that every scored one sees before it, where they exist; 0 = as stride says
 first_token = 'score'           # 'score', or 'skip': a block's first token is input only, as in published GPT-2 figures
@@ -57,8 +59,8 @@ device = 'auto'
 dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
 # -----------------------------------------------------------------------------
 
-METRICS = dict(ce='loss_nats loss_low loss_high', bpb='bits_per_byte', ppl='perplexity perplexity_per_word',
-               hamming='accuracy', information='information',
+METRICS = dict(ce='loss_nats embedding_nats loss_low loss_high', bpb='bits_per_byte',
+               ppl='perplexity perplexity_per_word', hamming='accuracy', information='information',
                random_tokens='random_loss_nats random_perplexity random_accuracy random_information')
 SHOWN = (f'run data tokens {" ".join(METRICS.values())} '
          'data_bytes raw_total_bytes nnz4_total_bytes bits_est_total_bytes archive_bytes online_bytes seconds').split()
@@ -271,6 +273,9 @@ def model_rows(path, bins, packed, env):
         if words := data.count_words() * found['tokens'] / max(data.n_tokens, 1):
             found['perplexity_per_word'] = math.exp(min(found['loss_nats'] * found['tokens'] / words, 700))
         found['data_bytes'] = round(found['data_bytes'])
+        c = model.config
+        if c.wrapper == 'autoencoder' or c.wrapper == 'oracle' and c.memory != 'none':
+            found['embedding_nats'] = score.embedding_nats(c.bottleneck or c.n_embd, embedding_bits, length)
         totals = {f'{form}_total_bytes': found['data_bytes'] + sizes[f'{form}_bytes']
                   for form in ('raw', 'nnz4', 'bits_est')}
         yield dict(run=name_of(path), data=f'{name}/{part}', dataset=name, split=part, from_ckpt=path,

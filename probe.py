@@ -15,12 +15,18 @@ vector itself costs, numbers x embedding_bits x ln 2 / T per token: add it where
 
 Entropy (Badger & Neligeorge, arXiv 2511.10618), with S(t) the nats of tokens 1..t by a model that reads just these:
 two_window_nats of token t is S(t) - S(t-1), by the chain rule H(t|<t) = H(<=t) - H(<t): two windows, one token apart.
-It is exact for the model and takes T forwards a row. Of a causal model it is the loss; of one whose decoder is given a
-vector of the whole window, what one more token adds, the cost of the vector being the same in both.
+It is exact for the model and takes T forwards a row. Of a causal model, a memory model of chunks too, it is the loss;
+of an oracle, whose decoder is given a vector of the whole window, what one more token adds, the cost of the vector
+being the same in both; an oracle that was trained on whole rows only is asked here about shorter ones.
+Occlusion, of models with a memory, compares outputs with the vectors and with zeros in their place, two forwards:
+occlusion_nats is the loss without minus the loss with, what the memory told of a token; occlusion_l1 and
+occlusion_cosine are distances of the logits, sum |a - b| and 1 - cos(a, b).
 """
+import csv
 import math
 import os
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, one_of, require, run
@@ -31,6 +37,7 @@ from plan import batch_rules, optimizer_rules, rate_at
 mode = 'information'            # 'information' or 'entropy'
 from_ckpt = ''                  # encoders: run folders, files, Hugging Face folders, hub ids, comma-separated
 untrained = False               # control: each encoder's architecture with fresh weights as well
+own_decoder = False             # control: autoencoders with the decoder they were trained with as well
 out_dir = 'out/probe'
 overwrite = False               # replace a finished probe in out_dir
 init_from = 'scratch'           # 'scratch', or 'resume': finished encoders are kept, a begun one goes on
@@ -47,12 +54,14 @@ order = 'permuted'              # 'permuted' (each block once per epoch), 'seque
 train_only_on_leading_tokens = 0    # 0 = all
 max_rows = 0                    # leading rows of the split that are scored; 0 = all (entropy: 8)
 block_size = 0                  # tokens that a vector stands for; 0 = the encoder's own
-# decoder; 0 = as the encoder
+# decoder; 0 or '' = as the encoder
+block_type = ''                 # 'attention', 'mixer', 'multihead_mixer'
 n_layer = 0
 n_head = 0
 n_embd = 0
-positions = 'sinusoidal'        # 'sinusoidal', 'learned', 'rotary'
-expansion = 'unroll'            # position i sees half of the vector, from number i on, cyclic; 'repeat': all of it
+kernel = 1                      # of a mixer
+positions = ''                  # 'sinusoidal', 'learned', 'rotary', 'none'; '' = none for mixers, else sinusoidal
+spread = 'unroll'               # position i sees half of the vector, from number i on, cyclic; 'repeat': all of it
 embedding_bits = 16             # of each number of the vector, for embedding_nats
 # batch and optimiser
 max_iters = 2000                # steps for each encoder
@@ -77,11 +86,13 @@ max_runtime = 86000.0           # seconds, of all encoders together, after which
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'seconds')
 SHOWN = ('encoder kind data numbers loss_nats accuracy information embedding_nats bits_per_byte tokens decoder_params '
          'seconds').split()
-SHOWN_ENTROPY = 'encoder data rows tokens loss_nats two_window_nats seconds'.split()
-FIXED = ('seed', 'order', 'train_only_on_leading_tokens', 'block_size', 'n_layer', 'n_head', 'n_embd', 'positions',
-         'expansion', 'max_iters', 'batch_size', 'learning_rate', 'schedule', 'warmup_iters', 'max_rows',
-         'min_learning_rate_ratio', 'beta1', 'beta2', 'adam_epsilon', 'weight_decay', 'grad_clip')   # by a resume
-ENTROPY_COLUMNS = 'encoder', 'row', 'position', 'token', 'loss_nats', 'two_window_nats'
+OCCLUSION = 'occlusion_nats', 'occlusion_l1', 'occlusion_cosine'
+SHOWN_ENTROPY = 'encoder', 'data', 'rows', 'tokens', 'loss_nats', 'two_window_nats', *OCCLUSION, 'seconds'
+FIXED = ('seed', 'order', 'train_only_on_leading_tokens', 'block_size', 'block_type', 'n_layer', 'n_head',
+         'n_embd', 'kernel', 'positions', 'spread', 'max_iters', 'batch_size', 'learning_rate', 'schedule',
+         'warmup_iters', 'max_rows', 'min_learning_rate_ratio', 'beta1', 'beta2', 'adam_epsilon', 'weight_decay',
+         'grad_clip')                                                   # of a resumed probe
+ENTROPY_COLUMNS = 'encoder', 'row', 'position', 'token', 'loss_nats', 'two_window_nats', *OCCLUSION
 ENTROPY_ROWS = 8
 MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 
@@ -96,42 +107,23 @@ def names_of(paths):
     return names
 
 
-def unshifted(data):
-    """Return data whose inputs are the targets themselves: ids (B, T), and targets (B, T) with -1 where not scored."""
-    import copy
-
-    import numpy as np
-    part, gather = copy.copy(data), data.gather
-
-    def whole_rows(starts, length):
-        x, y = gather(starts, length)
-        ids = np.concatenate((x[:, 1:], y[:, -1:]), 1)          # of a token not scored, what the next one reads
-        return np.where(ids < 0, data.start_id, ids), y
-    part.gather = whole_rows
-    return part
-
-
 def make_probe(encoder, decoder_config):
     """Return a module that maps ids (B, T) to logits (B, T, V), with targets to summed nats: encoder, then decoder.
 
-    The decoder is a GPT whose embedding is a map of what a position sees of the vector, (B, T, width) to (B, T, C).
+    decoder_config: of an autoencoder, of which the decoder alone is kept; its bottleneck is the width of the vector
+    where that is not its own.
     """
     import torch
     import torch.nn as nn
 
-    from model import GPT
-    T, n_numbers = decoder_config.block_size, encoder.config.n_embd
-    width = n_numbers // 2 if expansion == 'unroll' else n_numbers
-    window = (torch.arange(T)[:, None] + torch.arange(width)) % n_numbers          # (T, width)
-    decoder = GPT(decoder_config)
-    decoder.embed = nn.Linear(width, decoder_config.n_embd, bias=False)
+    from model import make
+    decoder = make(decoder_config)
+    decoder.encoder = decoder.narrow = None
 
     class Probe(nn.Module):
         def __init__(self):
             super().__init__()
             self.encoder, self.decoder, self.config = encoder.requires_grad_(False), decoder, decoder_config
-            self.register_buffer('window', window if expansion == 'unroll' else window[:1].expand(T, width),
-                                 persistent=False)
 
         def train(self, mode=True):
             super().train(mode)
@@ -140,10 +132,21 @@ def make_probe(encoder, decoder_config):
 
         def forward(self, x, y=None):
             with torch.no_grad():
-                vector = self.encoder.encode(x)                         # (B, n_numbers)
-            return self.decoder(vector.float()[:, self.window], y)
+                vector = self.encoder.encode(x)
+            return self.decoder.decode(vector.float(), y)
 
     return Probe()
+
+
+def decoder_of(args, T, vocab_size):
+    """Return the ModelConfig of a decoder for the encoder with these model_args."""
+    from model import ModelConfig
+    kind, numbers = block_type or args.get('block_type', 'attention'), args.get('bottleneck') or args['n_embd']
+    width = n_embd or args['n_embd']
+    return ModelConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer or args['n_layer'],
+                       n_head=n_head or args['n_head'], n_embd=width, block_type=kind, kernel=kernel, spread=spread,
+                       positions=positions or ('sinusoidal' if kind == 'attention' else 'none'),
+                       wrapper='autoencoder', bottleneck=numbers if numbers != width else 0)
 
 
 def train_probe(probe, folder, facts, train_data, test_data, env, k, started, signals):
@@ -157,6 +160,8 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, started, si
     from bins import batch_starts, n_blocks
     from model import flops_per_token, model_args, optimizer_groups
     T, decoder, path = probe.config.block_size, probe.decoder, os.path.join(folder, 'ckpt.pt')
+    c = probe.encoder.config
+    reader = replace(c, wrapper='', block_size=T, n_layer=c.n_layer_encoder or c.n_layer)
     start = runs.load_checkpoint(path) if init_from == 'resume' and os.path.exists(path) else {}
     if start:
         decoder.load_state_dict(start['decoder'])
@@ -173,7 +178,7 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, started, si
     if env.main:
         runs.open_run_folder(folder, overwrite, init_from == 'resume')
     env.barrier()
-    flops = flops_per_token(probe.config) + flops_per_token(probe.encoder.config) // 3     # the encoder only forward
+    flops = flops_per_token(replace(probe.config, wrapper='')) + flops_per_token(reader) // 3      # this one forward
     record = runs.RunRecord(folder, k.config, env, seq_length=T, n_steps=max_iters, flops_per_token=flops,
                             n_params=sum(p.numel() for p in params), procedure='probe', **facts)
     if env.main:
@@ -258,55 +263,38 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, started, si
     if env.main:
         loss_file.flush()
         note(curves.draw_run(folder))
-    row = dict(encoder=facts['name'], kind=facts['kind'], data=f'{test_data.name}/{split}',
-               numbers=probe.encoder.config.n_embd, **found,
-               embedding_nats=score.embedding_nats(probe.encoder.config.n_embd, embedding_bits, T),
-               decoder_params=record.values['n_params'], seconds=round(counters['step_seconds'], 1))
+    row = row_of(facts, probe.encoder, T, found)
+    row.update(decoder_params=record.values['n_params'], seconds=round(counters['step_seconds'], 1))
     record.update(status='done', row=row)
     return row
 
 
-def two_windows(model, x, y):
-    """Return S(t) - S(t-1) in nats, (B, T) float64, of targets y (B, T), -1 not scored, given inputs x (B, T).
-
-    S(t): summed cross-entropy of targets 1..t where the model is given the inputs 1..t and nothing after them.
-    """
-    import torch
-    import torch.nn.functional as F
-    sums = [torch.zeros(len(x), dtype=torch.float64, device=x.device)]
-    for t in range(1, x.shape[1] + 1):
-        logits = model(x[:, :t]).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), y[:, :t].flatten(), ignore_index=-1, reduction='none')
-        sums.append(nats.view(-1, t).double().sum(1))
-    return torch.stack(sums, 1).diff()
+def row_of(facts, encoder, T, found):
+    """Return a row of the table: what was found of an encoder whose vector stands for T tokens."""
+    from score import embedding_nats
+    numbers = encoder.config.bottleneck or encoder.config.n_embd
+    return dict(encoder=facts['name'], kind=facts['kind'], data=f'{facts["data"]["dataset"]}/{split}', numbers=numbers,
+                embedding_nats=embedding_nats(numbers, embedding_bits, T), **found)
 
 
 def entropy_of(model, T, data, env, name):
-    """Measure the leading rows of data, token by token; return (row of means, lines of entropy.csv)."""
+    """Measure the leading rows of data, token by token; return (row of means, lines of entropy.csv as dicts)."""
     import torch
-    import torch.nn.functional as F
     from tqdm import tqdm
 
     import score
-    began, lines, sums = time.time(), [], torch.zeros(2, dtype=torch.float64)
+    began, lines = time.time(), []
     starts = [start for start, _ in score.windows(data.n_tokens, T)][:max_rows or ENTROPY_ROWS]
     with torch.no_grad(), env.autocast():
         for n, start in enumerate(tqdm(starts, name, unit='row', leave=False)):
             x, y = (env.put(part) for part in data.gather([start], T))
-            losses = F.cross_entropy(model(x)[0].float(), y[0], ignore_index=-1, reduction='none').double()
-            values = torch.stack((losses, two_windows(model, x, y)[0])).cpu()           # (2, T)
-            sums += values.sum(1)
-            lines += [(name, n, i, token, *(f'{v:.6f}' for v in values[:, i].tolist()))
+            found = score.token_costs(model, x, y)
+            lines += [dict(encoder=name, row=n, position=i, token=token,
+                           **{key: float(cost[0, i]) for key, cost in found.items()})
                       for i, token in enumerate(y[0].tolist()) if token >= 0]
-    means = (sums / len(lines)).tolist()
-    return dict(encoder=name, data=f'{data.name}/{split}', rows=len(starts), tokens=len(lines), loss_nats=means[0],
-                two_window_nats=means[1], seconds=round(time.time() - began, 1)), lines
-
-
-def write_table(name, lines):
-    import csv
-    with open(os.path.join(out_dir, name), 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows(lines)
+    means = {key: sum(line[key] for line in lines) / len(lines) for key in found}
+    return dict(encoder=name, data=f'{data.name}/{split}', rows=len(starts), tokens=len(lines), **means,
+                seconds=round(time.time() - began, 1)), lines
 
 
 def main(argv=None):
@@ -316,9 +304,9 @@ def main(argv=None):
     require(one_of('mode', mode, ('information', 'entropy')), (paths, 'from_ckpt is empty; name encoders,'
             ' --from_ckpt=out/RUN,gpt2'), one_of('init_from', init_from, ('scratch', 'resume')),
             one_of('order', order, ('permuted', 'sequential', 'random')),
-            one_of('expansion', expansion, ('unroll', 'repeat')),
-            (expansion == 'unroll' or positions != 'rotary', "expansion = 'repeat' gives all positions the same input,"
-             " which rotary attention cannot tell apart; use positions = 'sinusoidal' or 'unroll'"),
+            one_of('spread', spread, ('unroll', 'repeat')),
+            (spread == 'unroll' or positions != 'rotary', "spread = 'repeat' gives all positions the same input, which"
+             " rotary attention cannot tell apart; use positions = 'sinusoidal' or spread = 'unroll'"),
             *batch_rules(k, int(os.environ.get('WORLD_SIZE', 1))), *optimizer_rules(k),
             *(at_least(name, config[name], 0) for name in (
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'max_rows', 'train_only_on_leading_tokens',
@@ -328,8 +316,10 @@ def main(argv=None):
     import torch
 
     import runs
+    import score
     from bins import open_bin
-    from model import ModelConfig, build
+    from encoders import with_objective
+    from model import build
     env, loaded = runs.Env(device, dtype), [runs.load_checkpoint(path) for path in paths]
     sets = {dataset or c['data']['dataset'] for c in loaded}
     require((len(sets) == 1 and all(sets), f'the encoders were trained on {", ".join(sorted(sets)) or "no data set"};'
@@ -343,23 +333,31 @@ def main(argv=None):
     jobs = []
     for path, label, checkpoint in zip(paths, names_of(paths), loaded):
         args, tokenizer = checkpoint['model_args'], checkpoint['data']['tokenizer']
-        T = block_size or train_data.row_length or args['block_size']
+        wrapper, whole = args.get('wrapper', ''), args['block_size']
+        longest = args['chunk_size'] if wrapper == 'memory' and mode == 'information' else whole
+        T = block_size or train_data.row_length or longest
         require((tokenizer == train_data.tokenizer and train_data.vocab_size <= args['vocab_size'],
                  f"{path} reads {tokenizer!r} tokens with a vocabulary of {args['vocab_size']}, data set {name!r} holds"
                  f' {train_data.tokenizer!r} tokens with {train_data.vocab_size}; prepare the text with the tokenizer'
                  ' of the encoder'),
-                (T <= args['block_size'], f"rows have {T} tokens, {path} was built for at most {args['block_size']};"
-                 f" write --block_size={args['block_size']}"),
+                (T <= longest, f'rows have {T} tokens, {path} was built for at most {longest}; write'
+                 f' --block_size={longest}'),
                 (train_data.row_length in (0, T), f'block_size = {T}, {name!r} has rows of {train_data.row_length}'
                  f' tokens; set --block_size={train_data.row_length}'),
-                (train_data.n_tokens > 0 and test_data.n_tokens > 0, f'{name!r} has an empty train or {split} split'))
-        decoder = ModelConfig(block_size=T, vocab_size=train_data.vocab_size, n_layer=n_layer or args['n_layer'],
-                              n_head=n_head or args['n_head'], n_embd=n_embd or args['n_embd'], positions=positions)
+                (not train_data.padded, f'{name!r} has rows with hidden padding, which no encoder reads'),
+                (train_data.n_tokens > 0 and test_data.n_tokens > 0, f'{name!r} has an empty train or {split} split'),
+                (not wrapper or wrapper == 'autoencoder' or args.get('memory') != 'none' or mode == 'entropy',
+                 f"{path} has no encoder (memory = 'none')"),
+                (mode == 'information' or wrapper != 'autoencoder', f'{path} is an autoencoder, which predicts no next'
+                 ' token; mode = entropy needs a language model'),
+                (mode == 'information' or not wrapper or T == whole, f'block_size = {T}, {path} takes rows of {whole}'))
         facts = dict(encoder=runs.parent_of(path)['sha256'], from_ckpt=path, data=dict(
             dataset=name, sha256=train_data.sha256, scored=test_data.sha256, tokenizer=tokenizer))
-        for kind in ('trained', 'untrained') if untrained and mode == 'information' else ('trained',):
-            folder = os.path.join(out_dir, label if kind == 'trained' else f'{label}-{kind}')
-            jobs.append((folder, checkpoint, decoder, dict(facts, name=os.path.basename(folder), kind=kind)))
+        kinds = {'trained': True, 'untrained': untrained, 'own decoder': own_decoder and wrapper == 'autoencoder'}
+        for kind in [kind for kind, wanted in kinds.items() if wanted and (kind == 'trained' or mode == 'information')]:
+            folder = os.path.join(out_dir, label if kind == 'trained' else f'{label}-{kind.replace(" ", "_")}')
+            jobs.append((folder, checkpoint, decoder_of(args, T, train_data.vocab_size), dict(
+                facts, name=os.path.basename(folder), kind=kind)))
     before = [runs.read_run(folder) if init_from == 'resume' else {} for folder, *_ in jobs]
     require(*((old.get(key) == new, f'cannot resume: {key} = {new!r}, {folder} was made with {old.get(key)!r}')
               for old, (folder, _, _, facts) in zip(before, jobs) if old
@@ -377,15 +375,22 @@ def main(argv=None):
             continue
         torch.manual_seed(seed + 1)                                     # of fresh weights; others are overwritten
         encoder = build(checkpoint['model_args'])
-        if facts['kind'] == 'trained':
+        if facts['kind'] != 'untrained':
             runs.load_weights(encoder, checkpoint, facts['from_ckpt'])
+        encoder, wrapper = encoder.to(env.device).eval(), encoder.config.wrapper
+        rows_of = with_objective(test_data, 'memory' if wrapper else 'clm', wrapper)
         if mode == 'entropy':
-            row, more = entropy_of(encoder.to(env.device).eval(), decoder.block_size, test_data, env, facts['name'])
+            row, more = entropy_of(encoder, decoder.block_size, rows_of, env, facts['name'])
             lines += more
+        elif facts['kind'] == 'own decoder':
+            T = decoder.block_size
+            row = row_of(facts, encoder, T, score.evaluate(encoder, rows_of, T, score.rows_per_forward(T), env,
+                                                           max_blocks=max_rows, progress=facts['name']))
         else:
             torch.manual_seed(seed)                                     # the same decoder for encoders of one shape
-            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, unshifted(train_data),
-                              unshifted(test_data), env, k, started, signals)
+            tokens = [with_objective(data, 'autoencode', 'autoencoder') for data in (train_data, test_data)]
+            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, *tokens, env, k, started,
+                              signals)
         if row is None:
             record.update(status='paused')
             env.barrier()                                               # the first rank to go may end the others
@@ -395,12 +400,16 @@ def main(argv=None):
         record.update(rows=rows)
     env.close()
     if env.main:
-        table = runs.markdown(rows, SHOWN if mode == 'information' else SHOWN_ENTROPY)
+        columns = SHOWN if mode == 'information' else SHOWN_ENTROPY
+        table = runs.markdown(rows, [c for c in columns if any(c in row for row in rows)])
         with open(os.path.join(out_dir, 'table.md'), 'w', encoding='utf-8') as f:
             f.write(table + '\n')
-        write_table('table.csv', [list(rows[0]), *(row.values() for row in rows)])
+        runs.write_csv(os.path.join(out_dir, 'table.csv'), rows)
         if mode == 'entropy':
-            write_table('entropy.csv', [ENTROPY_COLUMNS, *lines])
+            with open(os.path.join(out_dir, 'entropy.csv'), 'w', newline='', encoding='utf-8') as f:
+                table_of = csv.DictWriter(f, ENTROPY_COLUMNS, restval='')
+                table_of.writeheader()
+                table_of.writerows(lines)
         print(f'{table}\nwrote {out_dir}')
     record.update(status='done')
     return 0

@@ -117,6 +117,48 @@ def evaluate(model, data, block_size, batch_size, env, minimal_context=0, max_bl
     return metrics(sums, text_bytes, data.vocab_size)
 
 
+# --- token by token ---
+
+def nats_of(logits, y):
+    """Return the cross-entropy (B, T), float64, of targets y (B, T), 0 where they are -1."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction='none').view(
+        y.shape).double()
+
+
+def two_windows(model, x, y):
+    """Return S(t) - S(t-1) in nats, (B, T) float64, of targets y (B, T), -1 not scored, given inputs x (B, T).
+
+    S(t): summed cross-entropy of targets 1..t where the model is given the inputs 1..t and nothing after them.
+    """
+    sums = [torch.zeros(len(x), dtype=torch.float64, device=x.device)]
+    sums += [nats_of(model(x[:, :t]), y[:, :t]).sum(1) for t in range(1, x.shape[1] + 1)]
+    return torch.stack(sums, 1).diff()
+
+
+def token_costs(model, x, y):
+    """Return {name: (B, T)}: loss, two-window entropy, and occlusion where a model has a memory (docstring: probe.py).
+
+    Of a memory model of chunks the loss itself is the difference of two windows: no vector reaches back.
+    """
+    logits, found = model(x).float(), {}
+    loss = nats_of(logits, y)
+    if getattr(model, 'encoder', None) is not None:
+        with_memory = model.given
+        model.given = lambda vector: torch.zeros_like(with_memory(vector))
+        blind = model(x).float()
+        del model.given
+        found = dict(occlusion_nats=nats_of(blind, y) - loss, occlusion_l1=(blind - logits).abs().sum(-1),
+                     occlusion_cosine=1 - torch.cosine_similarity(blind, logits, -1))
+    if model.config.wrapper == 'memory':
+        return dict(loss_nats=loss, two_window_nats=loss, **found)
+    model.check = lambda rows: rows                             # an oracle takes shorter rows here, knowingly
+    windows = two_windows(model, x, y)
+    del model.check
+    return dict(loss_nats=loss, two_window_nats=windows, **found)
+
+
+# --- intervals ---
+
 class Units:
     """Loss of each document of a split, or of each block of it where there are few, for the interval of their mean.
 

@@ -5,10 +5,10 @@
 out_dir = 'out/probe_sample_128'
 dataset = 'wiki2mb'
 block_size = 128
+block_type = 'mixer'            # of the decoder, whatever the encoder is
 n_layer = 4
 n_embd = 64
-n_head = 4
-expansion = 'unroll'
+spread = 'unroll'
 max_iters = 500
 batch_size = 32
 learning_rate = 3e-3

@@ -171,5 +171,5 @@ def test_the_published_settings_of_probes():
     """METHODS §6: 512 tokens, 128 rows, 200,000 steps, warm-up 500, linear decay to 0."""
     v = values_of('probe_512.py', probe)
     assert (v['block_size'], v['batch_size'], v['max_iters'], v['warmup_iters'], v['schedule'],
-            v['min_learning_rate_ratio'], v['weight_decay'], v['dtype'], v['mode'], v['expansion']) == (
+            v['min_learning_rate_ratio'], v['weight_decay'], v['dtype'], v['mode'], v['spread']) == (
                 512, 128, 200_000, 500, 'linear', 0, 0, 'bfloat16', 'information', 'unroll')

@@ -16,7 +16,7 @@ import probe
 import runs
 import score
 from configurator import UserError
-from model import GPT, ModelConfig, model_args
+from model import GPT, ModelConfig, make, model_args
 
 T, C, SYMBOLS = 8, 48, 4                        # rows of 8 draws from 4 letters: 16 bits
 FLAGS = ('--device=cpu', '--dtype=float32', '--max_iters=200', '--batch_size=64', '--learning_rate=3e-3',
@@ -35,18 +35,6 @@ def save(folder, model, dataset='draws', tokenizer='byte'):
     return str(folder)
 
 
-class Joint(torch.nn.Module):
-    """An autoencoder: the parts of a probe, all of them trained."""
-
-    def __init__(self, parts):
-        super().__init__()
-        self.parts = parts
-        parts.requires_grad_(True)
-
-    def forward(self, ids):
-        return self.parts.decoder(self.parts.encoder.encode(ids)[:, self.parts.window], ids)
-
-
 @pytest.fixture(scope='module')
 def draws(tmp_path_factory):
     """A data set of letters drawn at random, and the run folder of an encoder that was trained to keep them."""
@@ -58,19 +46,18 @@ def draws(tmp_path_factory):
         entries[split] = writer.commit()
     bins.write_meta(str(out / 'data' / 'draws'), 'prepare_text.py', [], entries, dict(kind='test'))
     data = torch.from_numpy(np.fromfile(out / 'data' / 'draws' / 'train.bin', np.uint8).astype(np.int64)).view(-1, T)
-    probe.expansion = 'unroll'
     torch.manual_seed(0)
-    joint = Joint(probe.make_probe(GPT(config()), config()))
+    joint = make(config(wrapper='autoencoder', spread='unroll'))
     optimizer = torch.optim.AdamW(joint.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(400):
         for group in optimizer.param_groups:
             group['lr'] = 3e-3 * (1 - step / 400)
         x = data[step * 64 % 4096:][:64]
-        (joint(x) / x.numel()).backward()
+        (joint(x, x) / x.numel()).backward()
         torch.nn.utils.clip_grad_norm_(joint.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return str(out / 'data'), save(out / 'encoder', joint.parts.encoder)
+    return str(out / 'data'), save(out / 'encoder', joint)
 
 
 @pytest.fixture
@@ -86,17 +73,6 @@ def table(folder):
         return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(f)]
 
 
-@pytest.mark.parametrize('length', [3, 6, 20])
-def test_positions_see_cyclic_windows_of_the_vector(length, monkeypatch):
-    """METHODS §6: half of the features from number i mod d on, around the end; repeat: all of them, everywhere."""
-    vector = torch.arange(6.0)[None]
-    expected = [[(i % 6 + j) % 6 for j in range(3)] for i in range(length)]
-    for how, seen in (('unroll', expected), ('repeat', [list(range(6))] * length)):
-        monkeypatch.setattr(probe, 'expansion', how)
-        made = probe.make_probe(GPT(config(n_embd=6)), config(block_size=length, n_embd=6))
-        assert vector[:, made.window][0].tolist() == seen
-
-
 def test_an_encoder_that_keeps_its_input_beats_an_untrained_one(run_probe, draws, tmp_path, monkeypatch, capsys):
     """The gap shows in all numbers, which equal a loop; encoders get no gradient and keep every bit."""
     made, real = [], probe.make_probe
@@ -105,10 +81,10 @@ def test_an_encoder_that_keeps_its_input_beats_an_untrained_one(run_probe, draws
         made.append((real(encoder, decoder), {n: t.clone() for n, t in encoder.state_dict().items()}))
         return made[-1][0]
     monkeypatch.setattr(probe, 'make_probe', watched)
-    assert run_probe('--untrained') == 0
+    assert run_probe('--untrained', '--own_decoder') == 0
     record = runs.read_run(tmp_path / 'probe')
-    trained, fresh = record['rows']
-    assert record['status'] == 'done' and (trained['kind'], fresh['kind']) == ('trained', 'untrained')
+    trained, fresh, own = record['rows']
+    assert record['status'] == 'done' and [r['kind'] for r in record['rows']] == ['trained', 'untrained', 'own decoder']
     assert trained['accuracy'] > fresh['accuracy'] + 0.2 and trained['information'] > fresh['information'] + 0.05
     assert trained['embedding_nats'] == pytest.approx(C * 16 * math.log(2) / T) and trained['numbers'] == C
     ids = torch.from_numpy(np.fromfile(os.path.join(draws[0], 'draws', 'test.bin'), np.uint8).astype(np.int64))
@@ -117,14 +93,19 @@ def test_an_encoder_that_keeps_its_input_beats_an_untrained_one(run_probe, draws
         assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
         nats, right = 0.0, 0
         for x in ids.view(-1, T):                           # one vector, T predictions
-            vector = model.encoder.hidden(x[None])[0, -1].detach()
+            vector = model.encoder.encode(x[None])[0].detach()
             cyclic = torch.stack([torch.cat((vector, vector))[i:i + C // 2] for i in range(T)])
-            logits = model.decoder(cyclic[None])[0].detach().double().log_softmax(-1)
+            states = model.decoder.hidden(model.decoder.unroll(cyclic[None]))
+            logits = model.decoder.head(states)[0].detach().double().log_softmax(-1)
             nats -= float(logits[range(T), x].sum())
             right += int((logits.argmax(-1) == x).sum())
         assert row['loss_nats'] == pytest.approx(nats / len(ids), rel=1e-5) and row['accuracy'] == right / len(ids)
         assert row['information'] == pytest.approx(1 - nats / len(ids) / math.log(256), rel=1e-5)
-    assert not same(made[0][1], made[1][1])
+    assert not same(made[0][1], made[1][1]) and len(made) == 2
+    autoencoder, _ = runs.load_model(draws[1])
+    with torch.no_grad():                                   # the decoder that it was trained with
+        expected = float(autoencoder.eval()(ids.view(-1, T), ids.view(-1, T))) / len(ids)
+    assert own['loss_nats'] == pytest.approx(expected, rel=1e-5) and own['accuracy'] > fresh['accuracy'] + 0.2
     printed = capsys.readouterr().out
     assert '| trained ' in printed and 'information' in printed
     for name in ('run.json', 'table.md', 'table.csv', *(f'{encoder}/{file}' for encoder in (
@@ -186,12 +167,32 @@ def test_a_hugging_face_folder_is_an_encoder(draws, tmp_path):
     path = save(tmp_path / 'm', GPT(config(positions='learned')))
     gpt2.main(['export', f'{path}/ckpt.pt', str(tmp_path / 'folder')])
     flags = [f'--data_dir={draws[0]}', f'--from_ckpt={path},{tmp_path / "folder"}', f'--out_dir={tmp_path / "p"}',
-             *FLAGS, '--max_iters=5', '--expansion=repeat', '--positions=learned']
+             *FLAGS, '--max_iters=5', '--spread=repeat', '--positions=learned']
     with pytest.raises(UserError, match='--dataset=NAME'):
         probe.main(flags)
     assert probe.main([*flags, '--dataset=draws']) == 0
     one, two = runs.read_run(tmp_path / 'p')['rows']
     assert one['loss_nats'] == two['loss_nats'] and (one['encoder'], two['encoder']) == ('m', 'folder')
+
+
+@pytest.mark.parametrize('options, flags, numbers', [
+    (dict(block_type='mixer', positions='none'), (), C), (dict(wrapper='oracle', bottleneck=5), ('--n_embd=16',), 5),
+    (dict(wrapper='memory', chunk_size=4), ('--block_type=multihead_mixer', '--spread=repeat'), C),
+    (dict(wrapper='autoencoder', bottleneck=7, block_type='multihead_mixer', positions='none'), ('--kernel=3',), 7)],
+    ids=str)
+def test_every_kind_of_model_is_an_encoder(options, flags, numbers, draws, tmp_path):
+    """Its vector, of any width, reaches a decoder of any width and type; a memory model's stands for a chunk."""
+    torch.manual_seed(6)
+    path = save(tmp_path / 'm', make(config(**options)))
+    assert probe.main([f'--data_dir={draws[0]}', f'--from_ckpt={path}', f'--out_dir={tmp_path / "p"}', *FLAGS,
+                       '--max_iters=3', *flags]) == 0
+    row, = runs.read_run(tmp_path / 'p')['rows']
+    length = options.get('chunk_size', T)
+    assert row['numbers'] == numbers and row['tokens'] == 256 * T
+    assert row['embedding_nats'] == pytest.approx(numbers * 16 * math.log(2) / length)
+    assert runs.read_run(tmp_path / 'p' / 'm')['seq_length'] == length
+    with pytest.raises(UserError, match='the decoder of a probe'):
+        runs.load_model(str(tmp_path / 'p' / 'm'))
 
 
 # --- entropy ---
@@ -231,7 +232,7 @@ def test_two_windows_of_a_bigram_source_are_its_conditional_entropy():
     """H(X'|X) = -sum pi_a P_ab ln P_ab in closed form, from the chain rule alone; each token costs -ln P exactly."""
     states, stationary = chain(12_000)
     x, y = torch.tensor(states[:-1]).view(-1, 12), torch.tensor(states[1:]).view(-1, 12)
-    found = probe.two_windows(Bigram(), x, y)
+    found = score.two_windows(Bigram(), x, y)
     costs = -torch.from_numpy(TRANSITIONS).log()[x, y]
     torch.testing.assert_close(found, costs, rtol=0, atol=2e-5)         # sums of up to 12 tokens in float32
     expected = -float((stationary[:, None] * TRANSITIONS * np.log(TRANSITIONS)).sum())
@@ -243,7 +244,7 @@ def test_two_windows_of_a_model_that_sees_its_window():
     """With shares known, S(t) is t times the empirical entropy, so that a token costs its increment, not its loss."""
     states, _ = chain(40, seed=1)
     x = torch.tensor(states[:40]).view(2, 20)
-    found = probe.two_windows(Oracle(), x, x)                           # the symbols counted are those predicted
+    found = score.two_windows(Oracle(), x, x)                           # the symbols counted are those predicted
     for row, costs in zip(x.tolist(), found.tolist()):
         sums = [0.0]
         for t in range(1, 21):
@@ -276,6 +277,65 @@ def test_entropy_of_a_causal_model_is_its_loss(draws, tmp_path, capsys):
     assert 'two_window_nats' in capsys.readouterr().out
 
 
+def oracle(**options):
+    torch.manual_seed(7)
+    return make(config(wrapper='oracle', vocab_size=5, **options)).eval()
+
+
+@torch.no_grad()
+def test_two_windows_of_an_oracle_are_two_oracles_of_two_lengths():
+    """S(t) by a model that was built for t tokens, with the same weights."""
+    model, x = oracle(), torch.randint(5, (3, T), generator=torch.Generator().manual_seed(0))
+    sums = [torch.zeros(3)]
+    for t in range(1, T + 1):
+        short = oracle(block_size=t)
+        short.load_state_dict(model.state_dict())
+        sums.append(torch.stack([short(row[None], row[None]) for row in x[:, :t]]))
+    found = score.token_costs(model, x, x)
+    torch.testing.assert_close(found['two_window_nats'].float(), torch.stack(sums, 1).diff(), rtol=0, atol=1e-4)
+    assert not torch.allclose(found['two_window_nats'], found['loss_nats'], atol=1e-4)
+    with pytest.raises(UserError, match='rows of 5 tokens'):            # outside of it, it is as strict as ever
+        model(x[:, :5])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('memory', ['token', 'add'])
+def test_occlusion_is_the_difference_to_a_model_without_memory(memory):
+    """The blind output is that of memory = none with the same decoder; distances by numpy."""
+    model, blind = oracle(memory=memory), oracle(memory='none')
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith('encoder.')}
+    blind.load_state_dict(state)
+    x = torch.randint(5, (2, T), generator=torch.Generator().manual_seed(1))
+    found, a, b = score.token_costs(model, x, x), model(x).double().numpy(), blind(x).double().numpy()
+    nats = [np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, x.numpy()[..., None], -1)[..., 0] for z in (a, b)]
+    assert found['occlusion_nats'].numpy() == pytest.approx(nats[1] - nats[0], abs=1e-5)
+    assert found['occlusion_l1'].numpy() == pytest.approx(np.abs(a - b).sum(-1), rel=1e-4)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert found['occlusion_cosine'].numpy() == pytest.approx(1 - cosine, abs=1e-5)
+    assert found['occlusion_nats'].abs().min() > 0
+    torch.testing.assert_close(model(x), torch.from_numpy(a).float())   # its memory is back
+
+
+def test_occlusion_of_a_memory_model_begins_with_the_second_chunk(draws, tmp_path):
+    """The first chunk has no earlier one; an oracle's row of means has every column."""
+    torch.manual_seed(8)
+    paths = [save(tmp_path / name, make(config(wrapper=name, chunk_size=4 if name == 'memory' else 0)))
+             for name in ('memory', 'oracle')]
+    assert probe.main([f'--data_dir={draws[0]}', f'--from_ckpt={",".join(paths)}', f'--out_dir={tmp_path / "e"}',
+                       '--mode=entropy', '--device=cpu', '--dtype=float32', '--max_rows=2']) == 0
+    with open(tmp_path / 'e' / 'entropy.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 2 * 2 * T and all(all(r.values()) for r in rows)
+    chunk = [r for r in rows if r['encoder'] == 'memory' and int(r['position']) < 4]
+    later = [r for r in rows if r['encoder'] == 'memory' and int(r['position']) >= 4]
+    assert all(float(r['occlusion_nats']) == 0 == float(r['occlusion_l1']) for r in chunk)
+    assert all(float(r['occlusion_l1']) > 0 and r['two_window_nats'] == r['loss_nats'] for r in later)
+    for row in runs.read_run(tmp_path / 'e')['rows']:
+        mine = [r for r in rows if r['encoder'] == row['encoder']]
+        for key in ('loss_nats', 'two_window_nats', 'occlusion_nats', 'occlusion_l1', 'occlusion_cosine'):
+            assert row[key] == pytest.approx(np.mean([float(r[key]) for r in mine]), rel=1e-9)
+
+
 # --- bad input ---
 
 BAD = {
@@ -284,14 +344,18 @@ BAD = {
     'tokenizer': ('--from_ckpt=BPE', "reads 'gpt2' tokens"),
     'long rows': ('--block_size=9', 'rows have 9 tokens, .* at most 8; write --block_size=8'),
     'unknown mode': ('--mode=enthropy', "did you mean 'entropy'"),
-    'expansion': ('--expansion=roll', "expansion = 'roll'"),
-    'rotary repeat': ('--expansion=repeat --positions=rotary', 'cannot tell apart'),
+    'spread': ('--spread=roll', "spread = 'roll'"),
+    'rotary repeat': ('--spread=repeat --positions=rotary', 'cannot tell apart'),
     'no steps': ('--max_iters=0', 'max_iters = 0, expected at least 1'),
     'batch': ('--batch_size=6 --micro_batch_size=4', 'not a multiple'),
     'split': ('--split=val', "no split 'val'"),
     'two sets': ('--from_ckpt=GOOD,OTHER', 'name one for all, --dataset=NAME'),
     'heads': ('--n_head=5', 'is not a multiple of n_head = 5'),
     'missing': ('--from_ckpt=MISSING', 'no checkpoint at'),
+    'autoencoder': ('--mode=entropy', 'predicts no next token'),
+    'no memory': ('--from_ckpt=BLIND', "has no encoder .memory = 'none'."),
+    'part of a row': ('--from_ckpt=ORACLE --mode=entropy --block_size=4', 'takes rows of 8'),
+    'odd mixer': ('--block_type=mixer --block_size=7', "block_size = 7, a mixer's must be even"),
     'entropy resumed': ('--mode=entropy --init_from=resume', 'from scratch'),
 }
 
@@ -300,12 +364,14 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(name, draws, tmp_path):
     """The line names the value and the cure; no folder is made."""
     flags, expected = BAD[name]
-    makers = dict(SMALL=lambda p: save(p, GPT(config(vocab_size=100))), MISSING=lambda p: f'{p}/none',
+    makers = dict(BLIND=lambda p: save(p, make(config(wrapper='oracle', memory='none'))),
+                  ORACLE=lambda p: save(p, make(config(wrapper='oracle'))),
+                  SMALL=lambda p: save(p, GPT(config(vocab_size=100))), MISSING=lambda p: f'{p}/none',
                   BPE=lambda p: save(p, GPT(config()), tokenizer='gpt2'),
                   OTHER=lambda p: save(p, GPT(config()), dataset='other'), GOOD=lambda p: draws[1])
-    for word, make in makers.items():
+    for word, maker in makers.items():
         if word in flags:
-            flags = flags.replace(word, make(tmp_path / word.lower()))
+            flags = flags.replace(word, maker(tmp_path / word.lower()))
     with pytest.raises(UserError, match=expected) as caught:
         probe.main([f'--data_dir={draws[0]}', f'--from_ckpt={draws[1]}', f'--out_dir={tmp_path / "out"}', *FLAGS,
                     *flags.split()])
