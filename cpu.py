@@ -56,8 +56,9 @@ class Linear(nn.Linear):
 @functools.lru_cache(8)
 def _masks(length):
     """For each block of queries but the first, what is added to its scores against the keys up to its own last one."""
-    seen = torch.zeros(length, length).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
-    return [seen[i:i + QUERIES, :i + QUERIES] for i in range(QUERIES, length, QUERIES)]
+    with torch.inference_mode(False):                   # the first to ask may be scoring, the next one training
+        seen = torch.zeros(length, length).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        return [seen[i:i + QUERIES, :i + QUERIES] for i in range(QUERIES, length, QUERIES)]
 
 
 def causal_attention(q, k, v, dropout=0.0):

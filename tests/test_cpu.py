@@ -62,3 +62,13 @@ def test_blocks_see_no_later_position():
         x[:, :, 200] += 1
     after = cpu.causal_attention(q, k, v)
     assert torch.equal(before[:, :, :200], after[:, :, :200]) and not torch.equal(before, after)
+
+
+def test_a_length_first_scored_can_be_trained():
+    """Masks are kept: made under inference_mode they would refuse the backward pass of a later caller."""
+    q, k, v = (torch.randn(1, 2, 3 * cpu.QUERIES, 8, requires_grad=True) for _ in 'qkv')
+    cpu._masks.cache_clear()
+    with torch.inference_mode():
+        cpu.causal_attention(q, k, v)
+    cpu.causal_attention(q, k, v).sum().backward()
+    assert v.grad is not None
