@@ -4,11 +4,14 @@ r"""Make data/NAME from your own text: files, or a Hugging Face data set; bytes,
     python prepare_text.py --name=mine --source=posts.jsonl.zst --tokenizer=gpt2  a jsonl line is one document
     python prepare_text.py --name=wiki1mb --source=FILE --max_bytes=1000000 --val_source=OTHER    the leading bytes
     python prepare_text.py --name=fineweb --source=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --max_bytes=1e9
+    python prepare_text.py --name=alone --source='*.jsonl' --rows=512 --tokenizer=data/tokenizers/mine    rows of one
+                                                                    document, cut at 512 tokens, the last one padded
 
 Files: anything is text, taken as it is; .jsonl, .parquet: column text_field; each also as .gz, .bz2, .xz, .zst.
 Validation and test: val_source and test_source; else the splits the hub set brings; else documents of the source chosen
 by the hash of their content, so that a text that occurs twice never stands on both sides. A single document gives up
 its tail, or nothing where val_source is given. Memory is constant, but for a hash per validation and test document.
+Documents are packed one after another, every token of them; {split}.index.bin says where they start.
 """
 import functools
 import hashlib
@@ -17,22 +20,14 @@ import math
 import os
 import re
 
+import numpy as np
 from tqdm import tqdm
 
 import clean
-from bins import (
-    BinWriter,
-    chunks_of,
-    file_kind,
-    finish,
-    hub_splits,
-    hub_texts,
-    local_files,
-    may_write,
-    records_of,
-    text_bytes_of,
-)
+from bins import BinWriter, finish, local_files, may_write
 from configurator import UserError, at_least, configure, require, run
+from rows import PAD, TEXT, Cutter, RowWriter
+from sources import open_source
 from tokens import load_tokenizer, pieces_of, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME
@@ -47,6 +42,7 @@ val_fraction = 0.01             # of the documents (bytes of a single document);
 test_fraction = 0.01            # cut only where val is cut too
 max_bytes = 0                   # leading bytes of the source to use; 0: all. val_source and test_source are taken whole
 document_separator = r'\n\n\n'  # between documents at byte level, where BPE has end-of-text; between joined rows
+rows = 0                        # tokens of a row: each document has rows of its own, the last one padded; 0 = packed
 join_rows = False               # the rows of a source are parts of one text, not documents: WikiText on the hub
 clean_lines = False             # drop near-duplicate lines and lines with HTML tags (clean.py) and report how many
 end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
@@ -55,80 +51,11 @@ num_proc = 0                    # tokenising threads; 0: one per core
 overwrite = False               # replace a finished data set of this name that another command made
 
 SCRIPT = 'prepare_text.py'
-SPLIT_NAMES = dict(train='train', val='val', valid='val', validation='val', dev='val', test='test')
 FEW = 1000                      # documents up to which a cut is exact by rank; beyond, the fraction of a hash's range
 BATCH = 1 << 20                 # characters handed to the tokenizer's threads together
 
 
 # --- documents: (label, read), where read() yields the document's bytes in chunks, as often as it is called ---
-
-def file_documents(paths):
-    for path in paths:
-        kind = file_kind(path)
-        if kind in ('.jsonl', '.ndjson'):
-            for line, record in records_of(path):
-                if text_field not in record:
-                    raise UserError(f'{path}:{line} has no key {text_field!r}, it has {", ".join(record)[:200]};'
-                                    ' name one with --text_field')
-                yield from in_memory(record[text_field], f'{path}:{line}')
-        elif kind == '.parquet':
-            for number, text in enumerate(parquet_texts(path)):
-                yield from in_memory(text, f'{path} row {number}')
-        elif next(chunks_of(path), b''):
-            yield path, functools.partial(chunks_of, path)
-
-
-def parquet_texts(path):
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        with pyarrow.parquet.ParquetFile(path) as f:
-            require((text_field in f.schema_arrow.names, f'{path} has no column {text_field!r}, it has'
-                     f' {", ".join(f.schema_arrow.names)}; name one with --text_field'))
-            for batch in f.iter_batches(256, columns=[text_field]):
-                yield from batch[text_field].to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
-        raise UserError(f'{path} cannot be read to its end ({e}); fetch the file again') from None
-
-
-def in_memory(text, label):
-    """Yield a text as a document; an empty one is none, an empty row of a joined text is."""
-    if (data := text_bytes_of(text, label)) or join_rows:
-        yield label, lambda: iter((data,))
-
-
-def joined(documents):
-    """Yield the documents of a source as one, with the separator between them."""
-    def read():
-        for i, (_, parts) in enumerate(documents()):
-            yield separator_bytes() if i else b''
-            yield from parts()
-    if next(filter(None, read()), b''):
-        yield 'the joined rows', read
-
-
-def hub_documents(dataset, label):
-    for number, text in enumerate(hub_texts(dataset, text_field)):
-        yield from in_memory(text, f'{label} row {number}')
-
-
-def open_source(source):
-    """Return {split: function that gives its documents anew}; files are one split, train."""
-    source = os.path.expanduser(source)
-    if files := local_files(source):
-        return joined_if_asked(dict(train=functools.partial(file_documents, files)))
-    if re.search(r'[*?\[]|\.(txt|jsonl|json|bin|parquet|gz|zst|xz|bz2)$', source) or source.startswith(('/', '.')):
-        require((os.path.isdir(source), f'no file matches {source!r}, expected a file, a quoted glob such as'
-                 " 'texts/**/*.txt', or the id of a hub data set"))
-    splits = hub_splits(source, hub_config)
-    found = {SPLIT_NAMES[s]: s for s in splits if s in SPLIT_NAMES} or {'train': next(iter(splits))}
-    return joined_if_asked({ours: functools.partial(hub_documents, splits[name], f'{source} {name}')
-                            for ours, name in found.items()})
-
-
-def joined_if_asked(splits):
-    return {split: functools.partial(joined, make) for split, make in splits.items()} if join_rows else splits
-
 
 def part(read, start, stop):
     """Yield bytes [start, stop) of a document (stop may be inf)."""
@@ -181,21 +108,33 @@ def separator_bytes():
 
 
 class Splits:
-    """Documents go in, BinWriters fill; at byte level with the separator between documents, in BPE with end-of-text."""
+    """Documents go in, BinWriters fill; at byte level with the separator between documents, in BPE with end-of-text.
+
+    With rows, RowWriters fill and each document has rows of its own, in memory one document at a time.
+    """
 
     def __init__(self, folder, tok):
         self.folder, self.tok, self.writers, self.waiting, self.n_waiting = folder, tok, {}, [], 0
         self.existed, self.separator = os.path.isdir(folder), separator_bytes()
         self.meta = tokenizer_meta(tok)
+        self.cutter, self.document = Cutter(tok, rows) if rows else None, (None, [])
+        if rows:
+            self.meta['rows'] = dict(length=rows, control='none')
         self.bar = tqdm(unit='B', unit_scale=True, desc=name, disable=None)
         self.cleaner = clean.LineCleaner() if clean_lines else None
 
     def add(self, split, label, chunks):
         """Append one document to a split."""
         if split not in self.writers:
-            self.writers[split] = BinWriter(self.folder, split, self.meta['dtype'])
+            self.writers[split] = RowWriter(self.folder, split, self.meta['dtype'], self.cutter.byte_lengths) if rows \
+                else BinWriter(self.folder, split, self.meta['dtype'])
         writer = self.writers[split]
         chunks = filter(None, self.cleaner(chunks) if self.cleaner else chunks)
+        if rows and self.tok is None:
+            if document := b''.join(chunks):
+                self.write_rows(writer, [np.frombuffer(document, np.uint8)])
+                self.bar.update(len(document))
+            return
         if self.tok is None:
             for i, chunk in enumerate(chunks):
                 if i == 0:                                              # a document of which nothing is left is none
@@ -214,16 +153,30 @@ class Splits:
         """Tokenise what waits and write it, in order."""
         waiting, self.waiting, self.n_waiting = self.waiting, [], 0
         for (writer, piece, begins), ids in zip(waiting, self.tok.encode([w[1] for w in waiting]) if waiting else []):
+            raw = piece.encode()
+            self.bar.update(len(raw))
+            if rows:                                    # a document is written when the next one begins
+                if begins:
+                    self.write_rows(*self.document)
+                    self.document = writer, []
+                self.document[1].append(ids)
+                continue
             if begins:                                  # ahead of the first document stands the start id
                 writer.write([self.tok.end] if writer.n_bytes else [], text_bytes=0, documents=0)
                 writer.begin_document()
-            raw = piece.encode()
             writer.write(ids, text_bytes=len(raw), documents=0)
             writer.words += len(raw.split())                            # pieces end where words do
-            self.bar.update(len(raw))
+
+    def write_rows(self, writer, parts):
+        """Write a document's ids as rows of its own."""
+        if parts:
+            ids = np.concatenate(parts)
+            writer.write(self.cutter.fold(ids, rows, self.cutter.pad),
+                         self.cutter.fold(np.full(len(ids), TEXT), rows, PAD))
 
     def finish_text(self):
         self.flush()
+        self.write_rows(*self.document)
         self.bar.close()
 
     def abort(self):
@@ -262,19 +215,20 @@ def main(argv=None):
     configure(globals(), argv)
     require((name != '', 'name is empty; name the data set, --name=mine makes data/mine'),
             (source != '', "source is empty; give files, --source='texts/*.txt', or the id of a hub data set"),
-            at_least('max_bytes', max_bytes, 0), at_least('num_proc', num_proc, 0),
+            at_least('max_bytes', max_bytes, 0), at_least('num_proc', num_proc, 0), at_least('rows', rows, 0),
             (min(val_fraction, test_fraction) >= 0 and val_fraction + test_fraction < 1,
              f'val_fraction = {val_fraction}, test_fraction = {test_fraction}, expected both >= 0 and a sum below 1'))
     folder = os.path.join(data_dir, name)
     recorded_argv = may_write(folder, SCRIPT, argv, overwrite)
-    tok, given, how = load_tokenizer(tokenizer, end_of_text, num_proc), open_source(source), {}
+    tok, how, joint = load_tokenizer(tokenizer, end_of_text, num_proc), {}, separator_bytes() if join_rows else None
+    given = open_source(source, hub_config, text_field, joint)
     require(('train' in given, f'{source!r} has no split train, only {", ".join(given)}; expected one to train on'))
     for split, where in (('val', val_source), ('test', test_source)):
         if where:
             clash = set(map(os.path.realpath, local_files(source))) & set(map(os.path.realpath, local_files(where)))
             require((not clash, f'{split}_source and source share {", ".join(sorted(clash)[:3])}, expected other text;'
                      f' leave {split}_source out to have documents of the source set aside'))
-            other = open_source(where)
+            other = open_source(where, hub_config, text_field, joint)
             given[split] = other.get(split) or next(iter(other.values()))
         if split in given:
             how[split] = where or 'own split'

@@ -103,6 +103,10 @@ class RowWriter:
         self.ids.documents, self.byte_lengths = state['documents'], byte_lengths
         self.scored, self.scored_bytes = dict(state['scored']), dict(state['scored_bytes'])
 
+    @property
+    def n_bytes(self):
+        return self.ids.n_bytes
+
     def state(self):
         """Push everything to disk and return what resumes from here."""
         self.ids.flush()

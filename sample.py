@@ -9,6 +9,7 @@ no UTF-8 text holds become U+FFFD, a character that the last token leaves unfini
 cached; when the context is full, its last half is encoded anew.
 """
 import codecs
+import os
 import sys
 import time
 from itertools import chain
@@ -23,6 +24,7 @@ max_new_tokens = 500
 temperature = 0.8               # 0 = always the likeliest token
 top_k = 0                       # draw among the k likeliest tokens only; 0 = among all
 seed = 858
+tokenizer = ''                  # tokenizer.json of an own BPE; '' = the one beside the training data
 device = 'auto'
 dtype = 'auto'
 # -----------------------------------------------------------------------------
@@ -41,12 +43,16 @@ def prompt_bytes(text):
         raise UserError(f'cannot read the prompt {text[5:]!r} ({e.strerror}); FILE: takes the path of a file') from None
 
 
-def codec(tokenizer):
-    """Return (bytes -> ids, id -> bytes) of a tokenizer by its name in the checkpoint."""
+def codec(tokenizer, file=''):
+    """Return (bytes -> ids, id -> bytes) of a tokenizer by its name in the checkpoint; file: its tokenizer.json."""
     if tokenizer == 'byte':
         return list, lambda token: bytes((token,))
     if tokenizer != 'gpt2':
-        raise UserError(f"the checkpoint's tokenizer is {tokenizer!r}, sample.py knows 'byte' and 'gpt2'")
+        require((os.path.isfile(file), f'the tokenizer {tokenizer!r} of the checkpoint is not at {file!r}; name its'
+                 ' tokenizer.json with --tokenizer=PATH'))
+        from archive import byte_strings
+        strings, encode_text = byte_strings(file)
+        return lambda text: encode_text(text.decode('utf-8', 'replace')), strings.__getitem__
     try:
         import tiktoken
         bpe = tiktoken.get_encoding('gpt2')
@@ -120,7 +126,9 @@ def main(argv=None):
     env = runs.Env(device, dtype)
     model, checkpoint = runs.load_model(from_ckpt, env.device)
     model.eval()
-    encode, decode = codec(checkpoint['data']['tokenizer'])
+    facts = checkpoint['data']
+    beside_data = os.path.join(checkpoint['config'].get('data_dir', ''), facts['dataset'], 'tokenizer.json')
+    encode, decode = codec(facts['tokenizer'], tokenizer or beside_data)
     ids = [checkpoint['data']['start_id'], *encode(text)]
     require((max(ids) < model.config.vocab_size, f'the prompt holds token id {max(ids)}, the vocabulary of {from_ckpt}'
              f' has {model.config.vocab_size}; use a checkpoint of the same tokenizer'))

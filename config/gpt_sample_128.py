@@ -1,0 +1,17 @@
+# python train.py config/gpt_sample_128.py
+# COST XXXX
+# Needs: python prepare_text.py --name=wiki2mb --source=FILE     2 MB of text, bytes
+# Attention at context 128, the twin of mixer_sample_128.py.
+out_dir = 'out/gpt_sample_128'
+dataset = 'wiki2mb'
+model = 'transformer200k'       # width 64, 4 layers
+block_size = 128
+positions = 'rotary'
+max_iters = 500
+batch_size = 32
+learning_rate = 3e-3
+schedule = 'cosine'
+warmup_iters = 50
+log_interval = 50
+eval_blocks = 400
+final_train_blocks = 400

@@ -1,0 +1,28 @@
+# torchrun --nproc_per_node=8 train.py config/memory_copy_4x256.py
+# COST about 30 min on 8 H100 at 40 % of their bf16 rate (estimated: 6.6 B tokens of 0.88 GFLOP).
+# Needs fineweb8k: python prepare_text.py config/data_fineweb.py
+# The first part of the curriculum: 4 chunks of 256 tokens, the second two repeat the first two, which only the memory
+# can know; then memory_mixer_4x256.py goes on from here.
+out_dir = 'out/memory_copy_4x256'
+wrapper = 'memory'
+objective = 'copy'
+chunk_size = 256
+dataset = 'fineweb8k'
+n_layer = 8
+n_head = 1
+n_embd = 1024
+block_size = 1024
+positions = 'none'
+final_norm = False
+block_type = 'mixer'
+batch_size = 128
+max_iters = 50_000
+learning_rate = 5e-4
+schedule = 'linear'
+min_learning_rate_ratio = 0.0
+warmup_iters = 500
+dtype = 'bfloat16'              # float16 explodes in multi-head autoencoders (METHODS 6)
+eval_interval = 5_000
+eval_blocks = 1_000
+final_train_blocks = 1_000
+checkpoint_time = 1_800.0
