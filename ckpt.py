@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 from bins import sha256_file
-from configurator import UserError
+from configurator import UserError, require
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
 
@@ -137,6 +137,15 @@ def load_weights(model, checkpoint, path):
     if differ:
         raise UserError(f'{path} holds a model of another shape ({"; ".join(differ)}); use the shape of the checkpoint')
     model.load_state_dict(checkpoint['model'])
+
+
+def check_resume(start, path, data, config, fixed):
+    """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`."""
+    require(*((start['data'][key] == data[key], f'cannot resume: {key} is {data[key]!r}, the checkpoint has'
+               f' {start["data"][key]!r}; use the original one, or init_from={path} for a new run')
+              for key in ('sha256', 'start_id')),
+            *((start['config'].get(key, config[key]) == config[key], f'cannot resume: {key} = {config[key]!r}, the'
+               f' checkpoint has {start["config"].get(key)!r}') for key in fixed))
 
 
 def parent_of(path):

@@ -192,13 +192,9 @@ def main(argv=None):
     if start:
         runs.load_weights(student, start, parent)
     if resume:
-        require(*((start['data'][key] == data_facts[key], f'cannot resume: {key} is {data_facts[key]!r}, the checkpoint'
-                   f" has {start['data'][key]!r}; use the original one, or init_from={path} for a new run")
-                  for key in ('sha256', 'start_id')),
-                (start['teacher']['sha256'] == teacher_facts['sha256'],
-                 f'cannot resume: {teacher} is another teacher than the one the run began with'),
-                *((start['config'][key] == config[key], f'cannot resume: {key} = {config[key]!r}, the checkpoint has'
-                   f" {start['config'][key]!r}") for key in FIXED))
+        runs.check_resume(start, path, data_facts, config, FIXED)
+        require((start['teacher']['sha256'] == teacher_facts['sha256'],
+                 f'cannot resume: {teacher} is another teacher than the one the run began with'))
     if freeze_positions and student.position is not None:
         student.position.requires_grad_(False)
     student.recompute = activation_checkpointing

@@ -157,6 +157,23 @@ def open_data(data_dir, dataset, data_mix, split, block_size, stop_when='never',
     return open_bin(data_dir, dataset, split, verify)
 
 
+def data_rules(k, data, name, splits, block_size):
+    """For require(): does a training split (before it is cut short) fit the knobs of a run, a namespace k?"""
+    asked, row_length = k.train_only_on_leading_tokens, data.row_length
+    most = data.n_balanced if k.data_mix else data.n_tokens
+    return [(asked <= most, f'train_only_on_leading_tokens = {asked:,}, but {name!r} has {most:,}; use 0 for all, or'
+             ' prepare more data'),
+            (row_length in (0, block_size), f'block_size = {block_size}, {name!r} has rows of {row_length} tokens; set'
+             f' --block_size={row_length}'),
+            (not row_length or k.order != 'random' and not k.online,
+             f"{name!r} is row data, it takes order = 'permuted' or 'sequential' and no --online"),
+            (row_length or k.loss_on == 'text', f'loss_on = {k.loss_on!r} needs row data, {name!r} has none;'
+             ' make it with prepare_metadata.py'),
+            (data.n_tokens > 0, f'the training split of {name!r} is empty'),
+            ('val' in splits or not (k.do_pruning or k.data_mix), f'{name!r} has no validation split, which TAMADE and'
+             ' mixtures need; prepare one or --no-do_pruning')]
+
+
 def common_splits(data_dir, dataset, data_mix):
     """Return the splits that a data set, or every source of a mix, has."""
     names = list(parse_mix(data_mix)) if data_mix else [dataset]

@@ -25,6 +25,7 @@ from itertools import takewhile
 from bins import write_json
 from ckpt import (  # for scripts, which know them as runs.load_checkpoint and so on
     CHECKPOINT_FORMAT,
+    check_resume,
     commit_id,
     load_checkpoint,
     load_model,

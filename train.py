@@ -174,7 +174,7 @@ def main(argv=None):
     import sparse
     from bins import batch_starts, key_of, n_blocks, read_meta
     from encoders import load_encoder, objective_rule, with_objective
-    from mixture import common_splits, open_data
+    from mixture import common_splits, data_rules, open_data
     from model import config_from_knobs, flops_per_token, make, model_args, optimizer_groups
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
@@ -200,23 +200,11 @@ def main(argv=None):
     # data, model and what they start from
     env = runs.Env(device, dtype)
     train_data = open_split('train')
-    most = train_data.n_balanced if data_mix else train_data.n_tokens
-    require((train_only_on_leading_tokens <= most,
-             f'train_only_on_leading_tokens = {train_only_on_leading_tokens:,}, but {data_name!r} has'
-             f' {most:,}; use 0 for all, or prepare more data'))
+    splits = common_splits(data_dir, dataset, data_mix)
+    require(*data_rules(k, train_data, data_name, splits, T))
     train_data = train_data.head(train_only_on_leading_tokens)
     row_length = train_data.row_length
     pair_sets = pairs.open_pairs(data_dir, dataset) if row_length and 'pairs' in read_meta(data_dir, dataset) else {}
-    splits = common_splits(data_dir, dataset, data_mix)
-    require((row_length in (0, T), f'block_size = {T}, {data_name!r} has rows of {row_length} tokens; set'
-             f' --block_size={row_length}'),
-            (not row_length or order != 'random' and not online,
-             f"{data_name!r} is row data, it takes order = 'permuted' or 'sequential' and no --online"),
-            (row_length or loss_on == 'text', f'loss_on = {loss_on!r} needs row data, {data_name!r} has none;'
-             ' make it with prepare_metadata.py'),
-            (train_data.n_tokens > 0, f'the training split of {data_name!r} is empty'),
-            ('val' in splits or not (do_pruning or data_mix), f'{data_name!r} has no validation split, which TAMADE and'
-             ' mixtures need; prepare one or --no-do_pruning'))
     val_data, test_data = (open_split(s) if s in splits else None for s in ('val', 'test'))
     require((not do_pruning or val_data.n_tokens > 0, f'the val split of {data_name!r} is empty, and TAMADE needs it'))
     model_config = config_from_knobs(config, train_data.vocab_size)
@@ -241,14 +229,9 @@ def main(argv=None):
         require((getattr(raw_model, 'encoder', None), 'freeze_encoder: this model has no encoder'))
         raw_model.encoder.requires_grad_(False)
     if resume:
-        old_data, old = start['data'], start['config']
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
                  'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder')
-        require(*((old_data[k] == data_facts[k], f'cannot resume: {k} is {data_facts[k]!r}, the checkpoint has'
-                   f' {old_data[k]!r}; use the original one, or init_from={path} for a new run')
-                  for k in ('sha256', 'start_id')),
-                *((old.get(k, config[k]) == config[k], f'cannot resume: {k} = {config[k]!r}, the checkpoint has'
-                   f' {old.get(k)!r}') for k in fixed))
+        runs.check_resume(start, path, data_facts, config, fixed)
     raw_model.recompute, raw_model.left_padding = activation_checkpointing, train_data.padded
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
     named_params = {n: parallel.local(p) for n, p in raw_model.named_parameters()}      # of this rank, from here on

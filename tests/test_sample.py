@@ -173,7 +173,8 @@ def test_vocabulary_that_is_not_here_is_one_line(monkeypatch):
     ('--from_ckpt=HERE/a.pt --temperature=-1', 'temperature = -1'),
     ('--from_ckpt=HERE/a.pt --num_samples=0', 'num_samples'),
     ('--from_ckpt=HERE/a.pt --prompt=FILE:HERE/none', 'cannot read the prompt'),
-    ('--from_ckpt=HERE/small.pt --prompt=z', 'token id 122'), ('--from_ckpt=HERE/odd.pt', "tokenizer 'odd' of the checkpoint")])
+    ('--from_ckpt=HERE/small.pt --prompt=z', 'token id 122'),
+    ('--from_ckpt=HERE/odd.pt', "tokenizer 'odd' of the checkpoint")])
 def test_bad_input(tmp_path, flags, expected):
     """One line before a byte is printed."""
     save(tmp_path / 'a.pt', tiny())
