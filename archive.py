@@ -16,6 +16,7 @@ import zlib
 
 import numpy as np
 
+import tokens
 from configurator import UserError
 
 MAGIC, VERSION = b'nMDL', 1
@@ -161,12 +162,8 @@ def byte_strings(name):
         t = Tokenizer.from_file(name)
     except Exception as e:
         raise UserError(f'cannot load the tokenizer {name!r} ({e}); name its JSON file with --tokenizer=PATH') from None
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]     # GPT-2's way to print bytes as characters
-    hidden = [b for b in range(256) if b not in visible]
-    as_byte = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    tokens = [t.id_to_token(i) or '' for i in range(t.get_vocab_size())]
-    return ([bytes(as_byte[c] for c in s) if all(c in as_byte for c in s) else s.encode() for s in tokens],
-            lambda text: t.encode(text, add_special_tokens=False).ids)
+    t.encode_special_tokens = True                                      # "<|endoftext|>" in a text is text
+    return tokens.byte_strings(t), lambda text: t.encode(text, add_special_tokens=False).ids
 
 
 def tokenize(raw, name):

@@ -6,21 +6,15 @@ argv}; of a split where known also words and index, a file of uint64: where each
 are a pure function of (seed, epoch, batch): nothing about a position has to be saved, and the number of processes does
 not change what a global batch holds.
 """
-import bz2
-import glob
-import gzip
 import hashlib
-import itertools
 import json
-import lzma
 import os
 import shlex
 import sys
-import zlib
 
 import numpy as np
 
-from configurator import UserError, require
+from configurator import UserError
 
 FORMAT = 'nanomdl-bins-1'
 DTYPES = {'uint8': 1, 'uint16': 2, 'uint32': 4}
@@ -324,9 +318,6 @@ def batch_starts(order, seed, epoch, batch, batch_size, n_tokens, block_size):
 
 # --- preparing a data set (prepare_*.py): documents in, finished splits out ---
 
-HUB_FILES = ('.parquet', '.jsonl', '.json', '.csv', '.arrow')        # what `datasets` reads rows from in a local folder
-
-
 def may_write(folder, script, argv, overwrite):
     """Return argv without --overwrite, as meta.json records it; refuse a data set that another command made."""
     path = os.path.join(folder, 'meta.json')
@@ -355,14 +346,13 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
 
     An older meta.json goes first: until the new one stands the folder is no data set, whatever it holds.
     """
-    path = os.path.join(folder, 'meta.json')
+    path, old = os.path.join(folder, 'meta.json'), {}
     if os.path.exists(path):
         old = read_meta('', folder)['splits']
         os.remove(path)
-        for stale in set(old) - set(writers):
-            for file in filter(None, map(old[stale].get, ('file', 'index', 'mask'))):
-                os.remove(os.path.join(folder, file))
     splits = {split: writer.commit() for split, writer in writers.items()}
+    for stale in files_of(old) - files_of(splits):
+        os.remove(os.path.join(folder, stale))
     for file, content in (extras or {}).items():
         with open(os.path.join(folder, file), 'wb') as f:
             f.write(content)
@@ -370,129 +360,12 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
     print_splits(folder, splits)
 
 
+def files_of(splits):
+    """Return the names of all files of splits, as meta.json lists them."""
+    return {entry[kind] for entry in splits.values() for kind in ('file', 'index', 'mask') if kind in entry}
+
+
 def print_splits(folder, splits):
     for entry in splits.values():
         print(f'{os.path.join(folder, entry["file"])}: {entry["tokens"]:,} tokens, {entry["text_bytes"]:,} bytes of'
               f' text, {entry["documents"]:,} documents, sha256 {entry["sha256"]}')
-
-
-def local_files(source):
-    """Return the files that a path or glob names, sorted; none for a folder or a hub id."""
-    source = os.path.expanduser(source)
-    if os.path.isfile(source):
-        return [source]
-    return sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
-
-
-def file_kind(path):
-    """Return the last extension of a path without that of a compressor: '.jsonl' for x.jsonl.zst."""
-    stem, extension = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if extension in ('.gz', '.bz2', '.xz', '.zst') else extension
-
-
-def chunks_of(path, size=1 << 20):
-    """Yield the bytes of a file, decompressed by its extension, in constant memory; UserError where it is damaged."""
-    opener = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(os.path.splitext(path.lower())[1], open)
-    try:
-        with opener(path, 'rb') as f:
-            if path.lower().endswith('.zst'):
-                yield from _unzstd(f)
-            else:
-                while chunk := f.read(size):
-                    yield chunk
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
-        raise UserError(f'{path} cannot be read to its end ({e or type(e).__name__}); fetch the file again') from None
-
-
-def _unzstd(f):
-    """Decompress all frames of a zstd file; the library's own reader takes a truncated file for a whole one."""
-    import zstandard
-    frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()             # noqa: E731
-    current, fed = frame(), False
-    try:
-        while raw := f.read(1 << 15):
-            while raw:
-                if current.eof:
-                    current = frame()
-                if out := current.decompress(raw):
-                    yield out
-                raw, fed = current.unused_data, True
-    except zstandard.ZstdError as e:
-        raise OSError(str(e)) from None
-    if fed and not current.eof:
-        raise EOFError('truncated zstd frame')
-
-
-def records_of(path, on_broken=None):
-    """Yield (line number, object) of a jsonl file, compressed or not; blank lines are skipped.
-
-    on_broken takes the message of a line that is no record, which is then left out.
-    """
-    rest, number = b'', 0
-    for chunk in itertools.chain(chunks_of(path), (b'\n',)):
-        *lines, last = chunk.split(b'\n')
-        if not lines:
-            rest += last
-            continue
-        lines[0], rest = rest + lines[0], last
-        for line in lines:
-            number += 1
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError(f'it holds a {type(record).__name__}')
-                except ValueError as e:
-                    message = f'{path}:{number} is not JSON ({e}); jsonl has one {{"text": ...}} a line'
-                    if on_broken is None:
-                        raise UserError(message) from None
-                    on_broken(message)
-                    continue
-                yield number, record
-
-
-def text_bytes_of(text, where):
-    """Return a text field as UTF-8; lone surrogates, which JSON can hold and UTF-8 cannot, become '?'."""
-    if text is None or isinstance(text, bytes):
-        return text or b''
-    if not isinstance(text, str):
-        raise UserError(f'{where} holds a {type(text).__name__} for a text; name the right column with --text_field')
-    return text.encode('utf-8', 'replace')
-
-
-def hub_splits(source, config=''):
-    """Return {split: streaming dataset} of a Hugging Face data set or of a local folder in hub layout."""
-    names = (name for _, _, found in os.walk(source) for name in found)
-    if os.path.isdir(source) and not any(file_kind(name).endswith(HUB_FILES) for name in names):
-        raise UserError(f'folder {source!r} holds no data files in hub layout ({", ".join(HUB_FILES)});'
-                        f' for text files write a glob: --source={shlex.quote(os.path.join(source, "**", "*.txt"))}')
-    import datasets
-    try:
-        return datasets.load_dataset(source, config or None, streaming=True)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = ' '.join(str(e).split())[:300]
-        raise UserError(f'{source!r} is neither a file here nor a data set that can be opened ({type(e).__name__}:'
-                        f' {reason}); check the path, the id, --hub_config and the network') from None
-
-
-def hub_rows(dataset, columns, cure='name one with --text_field'):
-    """Yield tuples of the named columns of one streaming split, in order, as they hold them."""
-    if dataset.column_names and not set(columns) - set(dataset.column_names):
-        dataset = dataset.select_columns(columns)                       # parquet then reads no other column
-    import datasets
-    try:
-        for table in dataset.with_format('arrow').iter(batch_size=256):
-            missing = [c for c in columns if c not in table.column_names]
-            require((not missing, f'the data set has no column {str(missing)[1:-1]}, it has'
-                     f' {", ".join(table.column_names)}; {cure}'))
-            yield from zip(*(table[c].to_pylist() for c in columns))
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
-        raise UserError(f'reading the data set failed ({type(e).__name__}: {" ".join(str(e).split())[:300]});'
-                        ' check the network and run the same command again') from None
-
-
-def hub_texts(dataset, field='text'):
-    """Yield the texts of one streaming split, in order, as the column holds them (str, bytes or None)."""
-    return (text for text, in hub_rows(dataset, [field]))

@@ -142,6 +142,7 @@ def pack(checkpoint_path, path, out, say):
     import torch
 
     import exact
+    import gpt2
     import weights
     from archive import (
         CODED,
@@ -162,7 +163,9 @@ def pack(checkpoint_path, path, out, say):
     exact.check_covered(args)
     raw = read_input(path)
     name, start_id = tokenizer or data.get('tokenizer') or 'byte', int(data.get('start_id', 10))
-    ids, strings = tokenize(raw, name)
+    found = tokenizer or name in ('byte', 'gpt2') or os.path.isfile(name)
+    own = '' if found else gpt2.tokenizer_folder(checkpoint)                    # of the run's data set
+    ids, strings = tokenize(raw, os.path.join(own, 'tokenizer.json') if own else name)
     if len(ids) and int(ids.max()) >= args['vocab_size']:
         raise UserError(f'the file has id {int(ids.max())}, the model {args["vocab_size"]}; use its own tokenizer')
     kept = min(keep or max(1, args['block_size'] // 2), args['block_size'])

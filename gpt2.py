@@ -186,13 +186,19 @@ def encoding():
 
 
 def tokenizer_folder(checkpoint):
-    """Return the folder with the tokenizer.json of a checkpoint's ids: its data set's or its origin's; '' if none."""
-    from bins import dataset_folder
+    """Return the folder with the tokenizer.json of a checkpoint's ids: its data set's or its origin's; '' if none.
+
+    One of train_tokenizer.py must have the hash in its name: a data set made anew may hold other ids.
+    """
+    from bins import dataset_folder, sha256_file
     data = checkpoint['data']
+    _, own, digest = data['tokenizer'].partition('@')
     known = [data.get('tokenizer_folder', '')]
     if data['dataset']:
         known.insert(0, dataset_folder(checkpoint['config'].get('data_dir', 'data'), data['dataset']))
-    return next((f for f in known if f and os.path.exists(os.path.join(f, 'tokenizer.json'))), '')
+    files = {f: os.path.join(f, 'tokenizer.json') for f in known if f}
+    return next((f for f, file in files.items() if os.path.exists(file)
+                 and (not own or sha256_file(file).startswith(digest))), '')
 
 
 def write_tokenizer(checkpoint, folder):
@@ -208,13 +214,18 @@ def write_tokenizer(checkpoint, folder):
         else:
             tok = encoding()
             pieces, end = [tok.decode_single_token_bytes(i) for i in range(tok.n_vocab)], tok.eot_token
-        build_tokenizer(pieces, end).save(os.path.join(folder, 'tokenizer.json'))
-        special = {} if end is None else dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>')
-        with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
-            json.dump(dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                           model_max_length=checkpoint['model_args']['block_size'], **special), f, indent=1)
+        save_tokenizer(folder, pieces, end, model_max_length=checkpoint['model_args']['block_size'])
     else:
         print(f'no tokenizer.json of {name!r} was found, so {folder} has none; copy there the one that made the data')
+
+
+def save_tokenizer(folder, pieces, end=None, **more):
+    """Write tokenizer.json and tokenizer_config.json of a byte-level BPE, as transformers' AutoTokenizer loads them."""
+    build_tokenizer(pieces, end).save(os.path.join(folder, 'tokenizer.json'))
+    special = {} if end is None else dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>')
+    with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
+        json.dump(dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, **more,
+                       **special), f, indent=1)
 
 
 def build_tokenizer(pieces, end=None):

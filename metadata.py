@@ -10,8 +10,8 @@ import re
 from html.parser import HTMLParser
 from urllib.parse import unquote_plus, urlsplit
 
-from bins import text_bytes_of
 from configurator import UserError, require
+from sources import text_bytes_of
 
 TYPES = ('url', 'timestamp', 'datasource', 'title', 'website_description', 'length', 'html', 'entity', 'paragraph',
          'length_sentence')

@@ -26,21 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 import metadata
-from bins import (
-    chunks_of,
-    file_kind,
-    finish,
-    hub_splits,
-    intact,
-    key_of,
-    local_files,
-    may_write,
-    print_splits,
-    records_of,
-    write_json,
-)
+from bins import finish, intact, key_of, may_write, print_splits, write_json
 from configurator import UserError, at_least, configure, one_of, require, run
 from rows import Cutter, RowWriter
+from sources import chunks_of, file_kind, hub_splits, local_files, records_of
 from tokens import load_tokenizer, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME
@@ -51,7 +40,7 @@ metadata_probability = 0.5      # share of the examples that are given metadata
 type_weights = ''               # 'url:1,html:2': how likely each is drawn; '' = 1 / frequency in the leading records
 passes = 1                      # times that each training document is drawn anew
 block_size = 1024               # tokens in a row
-tokenizer = 'gpt2'              # gpt2, byte, or PATH of a tokenizer.json (or its folder) that holds a byte-level BPE
+tokenizer = 'gpt2'              # gpt2, byte, NAME of train_tokenizer.py, or PATH of a tokenizer.json (or its folder)
 end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
 max_bytes = 0                   # leading bytes of training text, whole documents; 0 = all
 val_fraction = 0.01             # of the documents
@@ -141,7 +130,8 @@ class Worker:
         for key, value in config.items():
             setattr(self, key, value)
         self.weights, self.names = weights, listed(config['types'])
-        self.cutter = Cutter(load_tokenizer(self.tokenizer, self.end_of_text, n_threads), self.block_size, self.control)
+        tok = load_tokenizer(self.tokenizer, self.end_of_text, n_threads, self.data_dir)
+        self.cutter = Cutter(tok, self.block_size, self.control)
 
     def document(self, where, record):
         """Return what a record becomes: split, the types it has and was given, rows, and for val text and items."""

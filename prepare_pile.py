@@ -19,27 +19,15 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from bins import (
-    BinWriter,
-    file_kind,
-    finish,
-    hub_rows,
-    hub_splits,
-    intact,
-    local_files,
-    may_write,
-    print_splits,
-    records_of,
-    text_bytes_of,
-    write_json,
-)
+from bins import BinWriter, finish, intact, may_write, print_splits, write_json
 from configurator import UserError, at_least, configure, one_of, require, run
+from sources import file_kind, hub_rows, hub_splits, local_files, records_of, text_bytes_of
 from tokens import load_tokenizer, pieces_of, tokenizer_meta
 
 subsets = ''                    # components, comma-separated: pubmed, uspto, ...; a wrong name prints the list
 source = 'monology/pile-uncopyrighted'      # hub id, local folder in hub layout, or file or quoted glob of jsonl(.zst)
 whole_source = False            # the source is one component and names none, as mirrors of a single one are
-tokenizer = 'gpt2'              # gpt2, byte, or PATH of a tokenizer.json (or its folder) that holds a byte-level BPE
+tokenizer = 'gpt2'              # gpt2, byte, NAME of train_tokenizer.py, or PATH of a tokenizer.json (or its folder)
 end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
 eot = True                      # end-of-text between documents (three newlines in byte data); False: nothing, published
 max_tokens = 0                  # leading training tokens of each component; 0 = all
@@ -250,7 +238,7 @@ def main(argv=None):
         for folder, meta in zip(folders.values(), metas):
             print_splits(folder, meta['splits'])
         return
-    tok = load_tokenizer(tokenizer, end_of_text, num_proc)
+    tok = load_tokenizer(tokenizer, end_of_text, num_proc, data_dir)
     shards, identity = open_shards()
     meta = tokenizer_meta(tok)
     identity = json.loads(json.dumps([identity, names, tok and tok.sha256, eot, max_tokens, val_fraction, test_fraction,

@@ -4,14 +4,16 @@ r"""Make data/NAME from your own text: files, or a Hugging Face data set; bytes,
     python prepare_text.py --name=mine --source=posts.jsonl.zst --tokenizer=gpt2  a jsonl line is one document
     python prepare_text.py --name=wiki1mb --source=FILE --max_bytes=1000000 --val_source=OTHER    the leading bytes
     python prepare_text.py --name=fineweb --source=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --max_bytes=1e9
-    python prepare_text.py --name=alone --source='*.jsonl' --rows=512 --tokenizer=data/tokenizers/mine    rows of one
-                                                                    document, cut at 512 tokens, the last one padded
+    python prepare_text.py --name=mine8k --source='texts/*.txt' --tokenizer=mine8k     one of train_tokenizer.py
+    python prepare_text.py --name=stories --source=stories.jsonl --rows=512          one document a row, padded, masked
 
 Files: anything is text, taken as it is; .jsonl, .parquet: column text_field; each also as .gz, .bz2, .xz, .zst.
 Validation and test: val_source and test_source; else the splits the hub set brings; else documents of the source chosen
 by the hash of their content, so that a text that occurs twice never stands on both sides. A single document gives up
 its tail, or nothing where val_source is given. Memory is constant, but for a hash per validation and test document.
-Documents are packed one after another, every token of them; {split}.index.bin says where they start.
+Packed, documents follow each other, the last row of a split is short and scored like the others; {split}.index.bin
+says where each begins. With rows, none shares a row: a longer one goes on in the next (or is cut, --truncate), each row
+is predicted from the start id on, and {split}.mask.bin hides the padding from the loss (rows.py).
 """
 import functools
 import hashlib
@@ -20,19 +22,18 @@ import math
 import os
 import re
 
-import numpy as np
 from tqdm import tqdm
 
 import clean
-from bins import BinWriter, finish, local_files, may_write
+from bins import BinWriter, finish, may_write
 from configurator import UserError, at_least, configure, require, run
-from rows import PAD, TEXT, Cutter, RowWriter
-from sources import open_source
+from rows import DocumentRowWriter
+from sources import local_files, open_source
 from tokens import load_tokenizer, pieces_of, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME
 source = ''                     # file, glob (quoted; ** descends), hub id, or local folder in hub layout
-tokenizer = 'byte'              # byte, gpt2, or PATH of a tokenizer.json (or its folder) that holds a byte-level BPE
+tokenizer = 'byte'              # byte, gpt2, NAME of train_tokenizer.py, or PATH of a tokenizer.json (or its folder)
 data_dir = 'data'
 hub_config = ''                 # configuration of a hub data set, where it has several
 text_field = 'text'             # column of a hub data set, key of a jsonl object
@@ -42,12 +43,13 @@ val_fraction = 0.01             # of the documents (bytes of a single document);
 test_fraction = 0.01            # cut only where val is cut too
 max_bytes = 0                   # leading bytes of the source to use; 0: all. val_source and test_source are taken whole
 document_separator = r'\n\n\n'  # between documents at byte level, where BPE has end-of-text; between joined rows
-rows = 0                        # tokens of a row: each document has rows of its own, the last one padded; 0 = packed
 join_rows = False               # the rows of a source are parts of one text, not documents: WikiText on the hub
 clean_lines = False             # drop near-duplicate lines and lines with HTML tags (clean.py) and report how many
 end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
+rows = 0                        # tokens in a row that one document has for itself; 0: documents are packed
+truncate = False                # with rows: a document is its first row, what is beyond is left out
 seed = 0                        # another seed cuts other documents
-num_proc = 0                    # tokenising threads; 0: one per core
+num_proc = 0                    # threads that tokenise; 0: one per core. Any number gives the same bytes
 overwrite = False               # replace a finished data set of this name that another command made
 
 SCRIPT = 'prepare_text.py'
@@ -55,7 +57,23 @@ FEW = 1000                      # documents up to which a cut is exact by rank; 
 BATCH = 1 << 20                 # characters handed to the tokenizer's threads together
 
 
-# --- documents: (label, read), where read() yields the document's bytes in chunks, as often as it is called ---
+# --- documents: (label, read), see sources.py ---
+
+def read_source(where):
+    """Return {split: function that gives its documents anew}, with join_rows one document each."""
+    splits = open_source(where, text_field, hub_config, keep_empty=join_rows)
+    return {split: functools.partial(joined, make) for split, make in splits.items()} if join_rows else splits
+
+
+def joined(documents):
+    """Yield the documents of a source as one, with the separator between them."""
+    def read():
+        for i, (_, parts) in enumerate(documents()):
+            yield separator_bytes() if i else b''
+            yield from parts()
+    if next(filter(None, read()), b''):
+        yield 'the joined rows', read
+
 
 def part(read, start, stop):
     """Yield bytes [start, stop) of a document (stop may be inf)."""
@@ -108,37 +126,27 @@ def separator_bytes():
 
 
 class Splits:
-    """Documents go in, BinWriters fill; at byte level with the separator between documents, in BPE with end-of-text.
-
-    With rows, RowWriters fill and each document has rows of its own, in memory one document at a time.
-    """
+    """Documents go in, BinWriters fill; at byte level with the separator between documents, in BPE with end-of-text."""
 
     def __init__(self, folder, tok):
         self.folder, self.tok, self.writers, self.waiting, self.n_waiting = folder, tok, {}, [], 0
         self.existed, self.separator = os.path.isdir(folder), separator_bytes()
         self.meta = tokenizer_meta(tok)
-        self.cutter, self.document = Cutter(tok, rows) if rows else None, (None, [])
-        if rows:
-            self.meta['rows'] = dict(length=rows, control='none')
         self.bar = tqdm(unit='B', unit_scale=True, desc=name, disable=None)
         self.cleaner = clean.LineCleaner() if clean_lines else None
 
     def add(self, split, label, chunks):
         """Append one document to a split."""
         if split not in self.writers:
-            self.writers[split] = RowWriter(self.folder, split, self.meta['dtype'], self.cutter.byte_lengths) if rows \
-                else BinWriter(self.folder, split, self.meta['dtype'])
+            self.writers[split] = DocumentRowWriter(
+                self.folder, split, self.meta['dtype'], self.tok, rows, truncate) if rows else BinWriter(
+                self.folder, split, self.meta['dtype'])
         writer = self.writers[split]
         chunks = filter(None, self.cleaner(chunks) if self.cleaner else chunks)
-        if rows and self.tok is None:
-            if document := b''.join(chunks):
-                self.write_rows(writer, [np.frombuffer(document, np.uint8)])
-                self.bar.update(len(document))
-            return
         if self.tok is None:
             for i, chunk in enumerate(chunks):
                 if i == 0:                                              # a document of which nothing is left is none
-                    writer.write(self.separator if writer.n_bytes else b'', documents=0)
+                    writer.write(self.separator if writer.n_bytes and not rows else b'', documents=0)
                     writer.begin_document()
                 writer.write(chunk, documents=0)
                 self.bar.update(len(chunk))
@@ -153,30 +161,16 @@ class Splits:
         """Tokenise what waits and write it, in order."""
         waiting, self.waiting, self.n_waiting = self.waiting, [], 0
         for (writer, piece, begins), ids in zip(waiting, self.tok.encode([w[1] for w in waiting]) if waiting else []):
-            raw = piece.encode()
-            self.bar.update(len(raw))
-            if rows:                                    # a document is written when the next one begins
-                if begins:
-                    self.write_rows(*self.document)
-                    self.document = writer, []
-                self.document[1].append(ids)
-                continue
             if begins:                                  # ahead of the first document stands the start id
-                writer.write([self.tok.end] if writer.n_bytes else [], text_bytes=0, documents=0)
+                writer.write([self.tok.end] if writer.n_bytes and not rows else [], text_bytes=0, documents=0)
                 writer.begin_document()
+            raw = piece.encode()
             writer.write(ids, text_bytes=len(raw), documents=0)
             writer.words += len(raw.split())                            # pieces end where words do
-
-    def write_rows(self, writer, parts):
-        """Write a document's ids as rows of its own."""
-        if parts:
-            ids = np.concatenate(parts)
-            writer.write(self.cutter.fold(ids, rows, self.cutter.pad),
-                         self.cutter.fold(np.full(len(ids), TEXT), rows, PAD))
+            self.bar.update(len(raw))
 
     def finish_text(self):
         self.flush()
-        self.write_rows(*self.document)
         self.bar.close()
 
     def abort(self):
@@ -215,20 +209,22 @@ def main(argv=None):
     configure(globals(), argv)
     require((name != '', 'name is empty; name the data set, --name=mine makes data/mine'),
             (source != '', "source is empty; give files, --source='texts/*.txt', or the id of a hub data set"),
-            at_least('max_bytes', max_bytes, 0), at_least('num_proc', num_proc, 0), at_least('rows', rows, 0),
+            at_least('max_bytes', max_bytes, 0), at_least('num_proc', num_proc, 0),
+            (rows == 0 or rows >= 2, f'rows = {rows}, expected at least 2 tokens in a row, or 0 for packed documents'),
+            (rows > 0 or not truncate, 'truncate cuts a document to its first row; set --rows=512, or leave it out'),
+            (not (rows and join_rows), 'join_rows makes one text of all, rows keeps documents apart; leave one out'),
             (min(val_fraction, test_fraction) >= 0 and val_fraction + test_fraction < 1,
              f'val_fraction = {val_fraction}, test_fraction = {test_fraction}, expected both >= 0 and a sum below 1'))
     folder = os.path.join(data_dir, name)
     recorded_argv = may_write(folder, SCRIPT, argv, overwrite)
-    tok, how, joint = load_tokenizer(tokenizer, end_of_text, num_proc), {}, separator_bytes() if join_rows else None
-    given = open_source(source, hub_config, text_field, joint)
+    tok, given, how = load_tokenizer(tokenizer, end_of_text, num_proc, data_dir), read_source(source), {}
     require(('train' in given, f'{source!r} has no split train, only {", ".join(given)}; expected one to train on'))
     for split, where in (('val', val_source), ('test', test_source)):
         if where:
             clash = set(map(os.path.realpath, local_files(source))) & set(map(os.path.realpath, local_files(where)))
             require((not clash, f'{split}_source and source share {", ".join(sorted(clash)[:3])}, expected other text;'
                      f' leave {split}_source out to have documents of the source set aside'))
-            other = open_source(where, hub_config, text_field, joint)
+            other = read_source(where)
             given[split] = other.get(split) or next(iter(other.values()))
         if split in given:
             how[split] = where or 'own split'
@@ -280,7 +276,9 @@ def main(argv=None):
                   f' {how_many["html_lines"]:,} with HTML tags dropped')
         origin = dict(source=source, config=hub_config, sha256=digest.hexdigest(), splits=how,
                       cleaned=out.cleaner.counts if out.cleaner else {}, repeated_documents=n_repeated)
-        finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta)
+        more = dict(rows=dict(length=rows, control='', truncate=truncate)) if rows else {}
+        finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta,
+               **more)
     except BaseException:
         out.abort()
         raise

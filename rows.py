@@ -103,10 +103,6 @@ class RowWriter:
         self.ids.documents, self.byte_lengths = state['documents'], byte_lengths
         self.scored, self.scored_bytes = dict(state['scored']), dict(state['scored_bytes'])
 
-    @property
-    def n_bytes(self):
-        return self.ids.n_bytes
-
     def state(self):
         """Push everything to disk and return what resumes from here."""
         self.ids.flush()
@@ -135,6 +131,52 @@ class RowWriter:
     def abort(self):
         self.ids.abort()
         self.masks.abort()
+
+
+class DocumentRowWriter(RowWriter):
+    """Take documents as bins.BinWriter does and write each as rows of its own; tok: of tokens.py, None for bytes.
+
+    The last row of a document is padded on the right; truncate leaves out all rows but the first. One row is held back.
+    """
+
+    def __init__(self, folder, split, dtype, tok, length, truncate=False):
+        super().__init__(folder, split, dtype, None if tok is None else tok.byte_lengths)
+        self.pad, self.length, self.truncate = 10 if tok is None else tok.end, length, truncate
+        self.waiting, self.begins, self.words = np.zeros(0, np.uint32), False, 0
+
+    @property
+    def n_bytes(self):
+        return self.ids.n_bytes + len(self.waiting)             # more than none as soon as there is a token
+
+    def begin_document(self):
+        self._pad()
+        self.begins = True
+
+    def write(self, tokens, text_bytes=None, documents=0):
+        """Append a part of the document that begin_document opened; text_bytes is counted by what is written."""
+        ids = np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes) else np.asarray(tokens)
+        self.waiting = np.concatenate((self.waiting, ids.astype(np.uint32)))
+        n = len(self.waiting) // self.length * self.length
+        self._put(self.waiting[:n].reshape(-1, self.length), self.length)
+        self.waiting = self.waiting[n:]
+
+    def _put(self, ids, n_text):
+        """Write rows, of which the first n_text columns are text."""
+        kept = ids[:int(self.begins)] if self.truncate else ids
+        if len(kept):
+            mask = np.where(np.arange(self.length) < n_text, TEXT, PAD)
+            super().write(kept, np.tile(mask, (len(kept), 1)), self.begins)
+            self.begins = False
+
+    def _pad(self):
+        """Fill up the last row of the document and write it."""
+        if n := len(self.waiting):
+            self._put(np.pad(self.waiting, (0, self.length - n), constant_values=self.pad)[None], n)
+            self.waiting = self.waiting[:0]
+
+    def commit(self):
+        self._pad()
+        return super().commit()
 
 
 # --- documents to rows ---

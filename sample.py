@@ -43,36 +43,19 @@ def prompt_bytes(text):
         raise UserError(f'cannot read the prompt {text[5:]!r} ({e.strerror}); FILE: takes the path of a file') from None
 
 
-def codec(tokenizer, file=''):
-    """Return (bytes -> ids, id -> bytes) of a tokenizer by its name in the checkpoint; file: its tokenizer.json."""
-    if tokenizer == 'byte':
+def codec(checkpoint, file=''):
+    """Return (bytes -> ids, id -> bytes) of the tokenizer of a checkpoint; file: where its tokenizer.json is now."""
+    name = checkpoint['data']['tokenizer']
+    if name == 'byte':
         return list, lambda token: bytes((token,))
-    if tokenizer != 'gpt2':
-        require((os.path.isfile(file), f'the tokenizer {tokenizer!r} of the checkpoint is not at {file!r}; name its'
-                 ' tokenizer.json with --tokenizer=PATH'))
-        from archive import byte_strings
-        strings, encode_text = byte_strings(file)
-        return lambda text: encode_text(text.decode('utf-8', 'replace')), strings.__getitem__
-    try:
-        import tiktoken
-        bpe = tiktoken.get_encoding('gpt2')
-    except Exception as e:                      # not installed, or its vocabulary cannot be fetched
-        raise UserError(f"tiktoken's gpt2 vocabulary is not here ({type(e).__name__}: {str(e).splitlines()[0][:120]});"
-                        ' pip install tiktoken, and run once online') from None
-
-    def encode(text):
-        """Encode bytes; what is not UTF-8 goes byte by byte, since every single byte is a token."""
-        ids = []
-        while text:
-            try:
-                return ids + bpe.encode_ordinary(text.decode('utf-8'))
-            except UnicodeDecodeError as e:
-                ids += bpe.encode_ordinary(text[:e.start].decode('utf-8'))
-                ids += [bpe.encode_single_token(text[i:i + 1]) for i in range(e.start, e.end)]
-                text = text[e.end:]
-        return ids
-
-    return encode, bpe.decode_single_token_bytes
+    import gpt2
+    from archive import byte_strings
+    from tokens import bytes_encoder
+    folder = gpt2.tokenizer_folder(checkpoint)
+    require((name == 'gpt2' or file or folder, f"the checkpoint's tokenizer is {name!r}, and no tokenizer.json of it"
+             ' was found beside its data set; name its tokenizer.json with --tokenizer=PATH'))
+    strings, encode = byte_strings(file or (name if name == 'gpt2' else os.path.join(folder, 'tokenizer.json')))
+    return bytes_encoder(encode, strings), strings.__getitem__
 
 
 def generate(model, ids, n_tokens, temperature, top_k, generator=None, cached=True):
@@ -126,9 +109,7 @@ def main(argv=None):
     env = runs.Env(device, dtype)
     model, checkpoint = runs.load_model(from_ckpt, env.device)
     model.eval()
-    facts = checkpoint['data']
-    beside_data = os.path.join(checkpoint['config'].get('data_dir', ''), facts['dataset'], 'tokenizer.json')
-    encode, decode = codec(facts['tokenizer'], tokenizer or beside_data)
+    encode, decode = codec(checkpoint, tokenizer)
     ids = [checkpoint['data']['start_id'], *encode(text)]
     require((max(ids) < model.config.vocab_size, f'the prompt holds token id {max(ids)}, the vocabulary of {from_ckpt}'
              f' has {model.config.vocab_size}; use a checkpoint of the same tokenizer'))

@@ -94,7 +94,7 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
     for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text', 'prepare_metadata', 'prepare_pile',
-                 'diversity', 'probe', 'plots', 'eval'):
+                 'diversity', 'probe', 'plots', 'eval', 'train_tokenizer'):
         spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''

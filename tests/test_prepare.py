@@ -491,7 +491,7 @@ def test_text_interrupt_leaves_nothing(monkeypatch):
 
 def test_help_is_instant_and_a_mistake_is_one_line():
     scripts = [os.path.join(ROOT, s) for s in ('prepare_sample.py', 'prepare_wiki40b.py', 'prepare_text.py',
-                                                   'prepare_pile.py', 'prepare_metadata.py')]
+                                                   'prepare_pile.py', 'prepare_metadata.py', 'train_tokenizer.py')]
     for script in scripts:
         out = run_python('-X', 'importtime', script, '--help')
         assert out.returncode == 0 and 'data_dir' in out.stdout
