@@ -34,7 +34,7 @@ held_out_every = 20             # each 20th piece (a document or 65,536 characte
 min_frequency = 2               # times that a pair must occur to become a piece
 overwrite = False               # replace a tokenizer of this name
 
-# GPT-2's cut into words, as tiktoken writes it: possessive, so that a megabyte of spaces does not backtrack
+# GPT-2's cut into words, as tiktoken writes it
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 MEASURED = 8 << 20              # bytes of learned and of held-out text, at most, that bytes per token are measured on
 

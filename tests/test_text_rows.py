@@ -112,6 +112,15 @@ def test_pieces_of_a_document_join_in_its_rows(tmp_path):
     assert folders[0] == folders[1] == folders[2] and len(folders[0]['train.bin']) == 2 * 128
 
 
+def test_a_million_spaces(data_dir, tmp_path):
+    """A run that overflows tiktoken's stack at once is cut before: the bytes come back."""
+    text = 'a' + ' ' * 1_200_000 + 'x'
+    (tmp_path / 's.txt').write_text(text)
+    prepare(data_dir, 'spaces', '--tokenizer=own', f'--source={tmp_path / "s.txt"}', '--val_fraction=0', '--overwrite')
+    ids = bins.open_bin(data_dir, 'spaces', 'train').tokens.tolist()
+    assert tokens.own_encoding(f'{data_dir}/tokenizers/own').decode_bytes(ids).decode() == text
+
+
 def test_packed_after_rows_leaves_no_mask(data_dir):
     """Replacing one form by the other leaves no file of the older one."""
     folder = prepare(data_dir, 'both', '--rows=32')
