@@ -70,7 +70,7 @@ def read_json(path):
 
 def model_args_of(config, where):
     """Translate a GPT2Config dict into model_args; UserError lists everything that model.py does not compute."""
-    from model import ModelConfig, asdict
+    from model import ModelConfig, args_of
     kind, activation = config.get('model_type'), config.get('activation_function', 'gelu_new')
     require((kind == 'gpt2', f'{where} holds a {kind!r} model, expected the architecture of GPT-2 (model_type gpt2)'))
     c = config['n_embd']
@@ -79,7 +79,7 @@ def model_args_of(config, where):
         add_cross_attention=False).items() if config.get(k) not in (None, v)]
     require((activation in ACTIVATIONS, f'{where}: activation_function = {activation!r}, expected one of'
              f' {", ".join(ACTIVATIONS)}'), (not odd, f'{where} is a GPT-2 of a kind not covered: {", ".join(odd)}'))
-    return asdict(ModelConfig(
+    return args_of(ModelConfig(
         block_size=config.get('n_positions') or config['n_ctx'], vocab_size=config['vocab_size'], n_embd=c,
         n_layer=config['n_layer'], n_head=config['n_head'], positions='learned', activation=ACTIVATIONS[activation],
         tied=config.get('tie_word_embeddings', True)))

@@ -305,10 +305,14 @@ def build(model_args):
     return make(ModelConfig(**model_args))
 
 
-def model_args(model):
-    """What build needs; mixers' and wrappers' settings only where they are not the default."""
-    return {k: v for i, (k, v) in enumerate(asdict(model.config).items())
+def args_of(config):
+    """A ModelConfig as a dict for build; what is of mixers and wrappers only where it is not the default."""
+    return {k: v for i, (k, v) in enumerate(asdict(config).items())
             if i < N_PLAIN or v != ModelConfig.__dataclass_fields__[k].default}
+
+
+def model_args(model):
+    return args_of(model.config)
 
 
 def n_parameters(config):
