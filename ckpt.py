@@ -148,6 +148,13 @@ def check_resume(start, path, data, config, fixed):
                f' checkpoint has {start["config"].get(key)!r}') for key in fixed))
 
 
+def weights_alone(checkpoint):
+    """Return a checkpoint without what only an optimiser needs, its weights in bfloat16."""
+    import torch
+    return dict(checkpoint, model={n: t.to(torch.bfloat16) for n, t in checkpoint['model'].items()}, optimizer={},
+                scaler={}, procedure={})
+
+
 def parent_of(path):
     """Name and hash of the checkpoint that a new one descends from."""
     import gpt2

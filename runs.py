@@ -5,6 +5,8 @@
     python runs.py status OUT_DIR       exit 0 done, 85 paused, 1 failed or unfinished (what an sbatch file asks)
     python runs.py compare out/a out/b --allow=seed     exit 1 where anything but the data (and the seed) differs
     python runs.py convert OUT_DIR/ckpt.sharded OUT_DIR/ckpt.pt             a sharded checkpoint as one file
+    python runs.py export_weights OUT_DIR FILE      weights (bfloat16) and masks alone, small, to go on elsewhere:
+                                                    as OUT_DIR/ckpt.pt with --init_from=resume, or --init_from=FILE
 
 A run writes only its own run.json; runs.csv is derived, rebuilt whole, never edited.
 """
@@ -34,6 +36,7 @@ from ckpt import (  # for scripts, which know them as runs.load_checkpoint and s
     parent_of,
     remove,
     save_checkpoint,
+    weights_alone,
 )
 from configurator import UserError, configure, one_of, require, run
 
@@ -342,7 +345,8 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not ({'-h', '--help'} & set(argv) or argv and not argv[0].startswith('--')):
         argv = ['table', *argv]
-    verb, paths, _ = configure(globals(), argv, verbs=dict(table=0, status=1, convert=2, compare=-1))
+    verb, paths, _ = configure(globals(), argv, verbs=dict(
+        table=0, status=1, convert=2, export_weights=2, compare=-1))
     if verb == 'status':
         status = read_status(paths[0]) or 'no run.json'
         print(status)
@@ -352,8 +356,9 @@ def main(argv=None):
         rows, unfair = side_by_side({path: read_run(path) for path in paths}, allow)
         print(markdown(rows, list(rows[0])), f'not fair: {", ".join(unfair)}' if unfair else 'fair', sep='\n')
         return int(bool(unfair))
-    if verb == 'convert':
-        save_checkpoint(paths[1], load_checkpoint(paths[0]))
+    if verb in ('convert', 'export_weights'):
+        checkpoint = load_checkpoint(paths[0])
+        save_checkpoint(paths[1], checkpoint if verb == 'convert' else weights_alone(checkpoint))
         return print(f'{paths[1]}: {os.path.getsize(paths[1]):,} bytes')
     while watch:
         rows = unfinished(out)

@@ -242,7 +242,8 @@ def main(argv=None):
     masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
     adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
     optimizer = adamw(optimizer_groups(all_params, weight_decay), lr=learning_rate)
-    if resume:
+    whole = bool(start.get('optimizer'))                                # a checkpoint of weights alone has none
+    if resume and whole:
         parallel.load_optimizer(optimizer, start['optimizer'], parallel.parameters_of(optimizer))
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
     if resume and start['scaler']:
@@ -285,6 +286,9 @@ def main(argv=None):
             runs.say(log, line)
             if wandb_log and numbers:
                 wandb.log(numbers, step=counters['step'])
+
+    if resume and not whole:
+        note(f'step={counters["step"]}: {path} holds weights alone, so the optimisers (and w, gamma, u) start afresh')
 
     def validate(phase):
         """Validation loss; the best of the phase since its last pruning goes to best.pt."""

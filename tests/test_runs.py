@@ -35,6 +35,26 @@ sys.exit(max(os.waitpid(p, 0)[1] for p in pids))
 '''
 
 
+def test_weights_alone_go_on_elsewhere(train_tiny, tmp_path):
+    """export_weights is small; a run resumes from it at its step, says that the optimiser starts afresh, and ends."""
+    flags = ('--procedure=pmmp', '--alpha=1e-4', '--max_iters=8', '--do_pruning', '--epochs_fine_tuning=0.02',
+             '--final_train_blocks=0')
+    train_tiny(*flags, '--max_runtime=1e-9')
+    path = str(tmp_path / 'run')
+    record = runs.read_run(path)
+    assert record['status'] == 'paused'
+    (tmp_path / 'there').mkdir()
+    runs.main(['export_weights', path, str(tmp_path / 'there/ckpt.pt')])
+    assert os.path.getsize(tmp_path / 'there/ckpt.pt') < os.path.getsize(f'{path}/ckpt.pt') / 8
+    train_tiny(*flags, '--init_from=resume', out='there')
+    there = runs.read_run(str(tmp_path / 'there'))
+    with open(tmp_path / 'there/log.txt') as f:
+        assert f'step={record["step"]}: ' in f.read()
+    assert there['status'] == 'done' and there['step'] > record['step']
+    train_tiny(*flags, f'--init_from={tmp_path / "there/ckpt.pt"}', out='anew')
+    assert runs.read_run(str(tmp_path / 'anew'))['status'] == 'done'
+
+
 def test_sixteen_runs_that_finish_at_once_all_have_their_row(tmp_path):
     """METHODS §7 fault 9: a shared runs.csv rewritten by every job keeps 3 of 16 rows."""
     (tmp_path / 'race.py').write_text(FINISH_16_AT_ONCE)
