@@ -123,9 +123,13 @@ def draw_curves(named, xs, smooth=0):
     return figure
 
 
-def draw_run(folder):
-    """Write loss.png into a run folder, loss against steps; return a line for the log. What fails here fails no run."""
+def draw_run(folder, loss_file):
+    """Write loss.png into a run folder, loss against steps; return a line for the log. What fails here fails no run.
+
+    loss_file: its train_loss.csv, still open.
+    """
     path = os.path.join(folder, 'loss.png')
+    loss_file.flush()
     try:
         import matplotlib
         if not (curves := read_curves(folder)):

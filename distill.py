@@ -373,8 +373,7 @@ def main(argv=None):
         totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
                       test_accuracy=found['accuracy'])
     if env.main:
-        loss_file.flush()
-        note(curves.draw_run(out_dir))
+        note(curves.draw_run(out_dir, loss_file))
     note('done ' + ' '.join(f'{name}={v:.5g}' if isinstance(v, float) else f'{name}={v}' for name, v in totals.items()),
          **{name: v for name, v in totals.items() if v})
     record.update(status='done', **totals)

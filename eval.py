@@ -259,14 +259,15 @@ def model_rows(path, bins, packed, env):
         own = name in own_sets(checkpoint)
         if not (own or dataset):
             continue
-        data = with_objective(data, checkpoint['config'].get('objective', 'clm'), model.config.wrapper)
+        raw, objective = data, (checkpoint['config'].get('objective', 'clm'), model.config.wrapper)
+        data = with_objective(raw, *objective)
         started, units = time.time(), score.Units(data) if bootstrap else None
         found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
                                context_of(length), progress=f'{name_of(path)} on {name}/{part}',
                                skip_first=first_token == 'skip', units=units)
         found.update(units.interval(bootstrap, env) if units else {})
         if 'random_tokens' in listed(metrics):
-            chance = score.evaluate(model, score.random_like(data, random_seed), length,
+            chance = score.evaluate(model, with_objective(score.random_like(raw, random_seed), *objective), length,
                                     batch_size or score.rows_per_forward(length), env, context_of(length),
                                     skip_first=first_token == 'skip')
             found.update({key: chance[key.removeprefix('random_')] for key in METRICS['random_tokens'].split()})

@@ -261,8 +261,7 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, started, si
                            progress=f'{facts["name"]} on {split}')
     note(f"val phase=probe step={counters['step']} loss={found['loss_nats']:.5f} bpb={found['bits_per_byte']:.4f}")
     if env.main:
-        loss_file.flush()
-        note(curves.draw_run(folder))
+        note(curves.draw_run(folder, loss_file))
     row = row_of(facts, probe.encoder, T, found)
     row.update(decoder_params=record.values['n_params'], seconds=round(counters['step_seconds'], 1))
     record.update(status='done', row=row)

@@ -130,8 +130,8 @@ wandb_log = False
 wandb_project = 'nanomdl'
 # -----------------------------------------------------------------------------
 
-CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros',
-               'seconds')       # of steps alone, over all resumptions
+# seconds: of steps alone, over all resumptions
+CSV_COLUMNS = 'phase epoch step tokens loss_nats lr grad_norm grad_norm_penalised nonzeros seconds'.split()
 PAIRED = ('with_nats', 'without_nats', 'difference_nats', 'true_wins')      # of rows with and without metadata
 MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 
@@ -462,10 +462,8 @@ def main(argv=None):
 
             # the step is done: count, log, prune, validate, save
             done += 1
-            counters['step'] += 1
-            counters['tokens'] += n_scored
-            counters['final_train_loss'] = loss_nats
-            counters['step_seconds'] += time.time() - began
+            counters.update(step=counters['step'] + 1, tokens=counters['tokens'] + n_scored, final_train_loss=loss_nats,
+                            step_seconds=counters['step_seconds'] + time.time() - began)
             if first_pass and (counters['step'] - 1) % steps_per_chunk == 0:
                 counters['online_nats'] += loss_nats * n_scored
                 counters['online_tokens'] += n_scored
@@ -534,8 +532,7 @@ def main(argv=None):
         totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
                       test_accuracy=found['accuracy'])
     if env.main:
-        loss_file.flush()
-        note(curves.draw_run(out_dir))
+        note(curves.draw_run(out_dir, loss_file))
     note('done ' + ' '.join(f'{k}={v:.5g}' if isinstance(v, float) else f'{k}={v}' for k, v in totals.items()),
          **{k: v for k, v in totals.items() if v})
     record.update(status='done', **totals)

@@ -11,6 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_text, run_script, write_dataset
 
 import archive as archive_file
@@ -20,7 +21,7 @@ import gpt2
 import runs
 import score as scoring
 from configurator import UserError
-from model import GPT, ModelConfig, model_args
+from model import ModelConfig, make, model_args
 
 T = 16
 N_TEST = 777                                    # bytes of conftest's test split: not a multiple of T
@@ -30,7 +31,7 @@ def save(folder, spoil=None, dataset='toy', tokenizer='byte', seed=1, **options)
     """Save a tiny model, changed by spoil(model), as a run folder; returns (path, model)."""
     torch.manual_seed(seed)
     config = dict(block_size=T, vocab_size=256, n_layer=1, n_head=2, n_embd=8, positions='learned') | options
-    model = GPT(ModelConfig(**config)).eval()
+    model = make(ModelConfig(**config)).eval()
     with torch.no_grad():
         for p in model.parameters():            # far from uniform, so that every prediction counts
             p.add_(torch.randn_like(p) * 0.5)
@@ -103,6 +104,27 @@ def test_metrics_equal_a_loop_over_predictions(toy, tmp_path, capsys):
     other, = score(toy, tmp_path, f'--from_ckpt={path}', '--metrics=random_tokens', '--max_tokens=40',
                    '--random_seed=1')
     assert other['random_loss_nats'] != row['random_loss_nats'] and other['loss_nats'] == row['loss_nats']
+
+
+@pytest.mark.parametrize('options, numbers', [
+    (dict(wrapper='autoencoder'), 8), (dict(wrapper='oracle', bottleneck=3, block_type='mixer', positions='none'), 3),
+    (dict(wrapper='oracle', memory='none'), 0), (dict(wrapper='memory', chunk_size=8), 0)], ids=str)
+def test_models_with_an_encoder_and_what_their_vector_costs(options, numbers, toy, tmp_path):
+    """The loss of whole rows; a vector of the row costs extra, those of earlier chunks are paid for."""
+    path, model = save(tmp_path / 'w', **options)
+    row, = score(toy, tmp_path, f'--from_ckpt={path}', f'--max_tokens={4 * T}', '--embedding_bits=8',
+                 '--metrics=ce,hamming,information,random_tokens')
+    text = open(os.path.join(toy, 'toy', 'test.bin'), 'rb').read()[:4 * T]
+    draws = np.random.default_rng(0).integers(0, 256, 4 * T)
+    for before, ids in (('', torch.tensor(list(text))), ('random_', torch.from_numpy(draws))):
+        with torch.no_grad():
+            logits = model(ids.view(-1, T)).flatten(0, 1)
+        assert row[f'{before}loss_nats'] == pytest.approx(float(F.cross_entropy(logits, ids)), rel=1e-5)
+        assert row[f'{before}accuracy'] == float((logits.argmax(-1) == ids).double().mean())
+    if numbers:
+        assert row['embedding_nats'] == pytest.approx(numbers * 8 * math.log(2) / T)
+    else:
+        assert 'embedding_nats' not in row
 
 
 def test_nothing_is_known_of_random_tokens(toy, tmp_path):

@@ -1,4 +1,5 @@
 """plots.py: what is drawn equals what the runs say, what cannot be drawn is said, all from run folders made here."""
+import io
 import os
 
 import matplotlib
@@ -167,12 +168,13 @@ def test_runs_of_before_have_no_cost_and_that_is_said(tmp_path, capsys):
 def test_a_run_draws_its_own_loss_and_survives_failing(tmp_path, monkeypatch):
     """loss.png in the run folder; a broken log, an unwritable folder or matplotlib itself fails no training."""
     run = make_run(tmp_path / 'a')
-    assert curves.draw_run(run) == f'drawn {run}/loss.png'
+    log = io.StringIO()
+    assert curves.draw_run(run, log) == f'drawn {run}/loss.png'
     with open(os.path.join(run, 'loss.png'), 'rb') as f:
         assert f.read(4) == b'\x89PNG'
-    assert curves.draw_run(make_run(tmp_path / 'none', log=False)).startswith('no loss.png: fewer than two rows')
+    assert curves.draw_run(make_run(tmp_path / 'none', log=False), log).startswith('no loss.png: fewer than two rows')
     monkeypatch.setattr(curves, 'draw_curves', lambda *args: 1 / 0)
-    assert 'no loss.png (ZeroDivisionError' in curves.draw_run(run)
+    assert 'no loss.png (ZeroDivisionError' in curves.draw_run(run, log)
     assert plt.rcParams['axes.grid'] == matplotlib.rcParamsDefault['axes.grid']
 
 
