@@ -117,8 +117,9 @@ def draw_curves(named, xs, smooth=0):
         axis.locator_params('x', nbins=6)
         if x in ('steps', 'tokens'):
             shorten_ticks(axis.xaxis)
-    handles += [Line2D([], [], ls='', marker='o', color=GREY, ms=4.5, mfc='white', mew=1.2, label='validation'),
-                Line2D([], [], ls='', marker='v', color=GREY, ms=7, label='pruning')]
+    marks = dict(val=Line2D([], [], ls='', marker='o', color=GREY, ms=4.5, mfc='white', mew=1.2, label='validation'),
+                 prunings=Line2D([], [], ls='', marker='v', color=GREY, ms=7, label='pruning'))
+    handles += [mark for key, mark in marks.items() if any(c[key] for c in named.values())]
     figure.legend(handles=handles, loc='outside lower center', ncols=min(6, len(handles)))
     return figure
 

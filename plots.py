@@ -272,7 +272,9 @@ def main(argv=None):
         plt.close(figure)
         print(f'wrote {os.path.join(plot_dir, name)}.png and .pdf')
 
-    curves = {r['run_id']: c for folder, r in records.items() if (c := read_curves(folder))}
+    names = [r['run_id'] for r in records.values()]                     # folders in two places may share one
+    curves = {r['run_id'] if names.count(r['run_id']) == 1 else folder: c for folder, r in records.items()
+              if (c := read_curves(folder))}
     for part in xs:
         if lacking := [name for name, c in curves.items() if c[part] is None]:
             print(f'training_curves by {part} without {", ".join(lacking)}: not recorded when they were trained')

@@ -208,6 +208,18 @@ def test_curves_figure_has_every_run_in_bits(sweep):
     plt.close('all')
 
 
+def test_runs_of_one_name_are_two_lines(tmp_path, monkeypatch):
+    """out/a and probe/a: each keeps its curve, named by its folder; the legend has what there is to see."""
+    folders = [make_run(tmp_path / place / 'a', prunings=[3] if place == 'x' else []) for place in 'xy']
+    drawn, real = [], plots.draw_curves
+    monkeypatch.setattr(plots, 'draw_curves', lambda *args: drawn.append(args) or real(*args))
+    plots.main([*folders, f'--plot_dir={tmp_path / "fig"}', '--dpi=40', '--x=steps'])
+    (named, _, _), = drawn
+    assert list(named) == folders
+    shown = [[text.get_text() for text in real({'a': named[f]}, ['steps']).legends[0].get_texts()] for f in folders]
+    assert shown == [['a', 'validation', 'pruning'], ['a', 'validation']]
+
+
 def test_kinds_and_totals(sweep):
     """Which run is which reference, and what its two-part length is."""
     found = {p['name']: p for p in points_of(sweep)}

@@ -195,6 +195,18 @@ def test_every_kind_of_model_is_an_encoder(options, flags, numbers, draws, tmp_p
         runs.load_model(str(tmp_path / 'p' / 'm'))
 
 
+def test_a_probe_compiles_in_one_piece():
+    """A frozen memory model with mixers: one graph, the same loss, gradients in the decoder alone."""
+    torch.manual_seed(9)
+    encoder = make(config(wrapper='memory', chunk_size=4, block_type='mixer', positions='none'))
+    model = probe.make_probe(encoder, config(block_size=4, wrapper='autoencoder', spread='unroll')).train()
+    ids = torch.randint(256, (2, 4))
+    loss = torch.compile(model, backend='eager', fullgraph=True)(ids, ids)
+    torch.testing.assert_close(loss, model(ids, ids))
+    loss.backward()
+    assert all((p.grad is None) == name.startswith('encoder.') for name, p in model.named_parameters())
+
+
 # --- entropy ---
 
 TRANSITIONS = np.array([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9], [1 / 3, 1 / 3, 1 / 3]])
