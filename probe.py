@@ -1,6 +1,6 @@
 """Ask what a vector still knows: train a fresh decoder to regenerate the input from a frozen encoder's last state.
 
-    python probe.py config/probe_sample_128.py --from_ckpt=out/a,out/b          a table with a row for each encoder
+    python probe.py config/probe_sample_16.py --from_ckpt=out/a,out/b           a table with a row for each encoder
     python probe.py config/probe_512.py --from_ckpt=out/RUN/ckpt.pt --untrained     and its shape with fresh weights
     torchrun --nproc_per_node=8 probe.py config/probe_512.py --from_ckpt=gpt2 --dataset=wikitext103     a hub id
     python probe.py --mode=entropy --from_ckpt=out/RUN --max_rows=8             what each token of some rows costs
