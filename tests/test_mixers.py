@@ -332,3 +332,13 @@ def test_frozen_encoders_and_the_curriculum(train_tiny, tmp_path):
         train_tiny(*SMALL, '--freeze_encoder', out='none')
     with pytest.raises(UserError, match='cannot generate text token by token'):
         sample.main([f'--from_ckpt={tmp_path / "next"}', '--prompt=a'])
+
+
+@pytest.mark.parametrize('name, dtype', [*((name, 'bfloat16') for name in JOBS), ('heads', 'float16'),
+                                         ('memory', 'float16')])
+def test_narrow_floats(train_tiny, tmp_path, name, dtype):
+    """Under autocast, with float16's scaler too, the losses stay near those of float32."""
+    for out, flags in (('wide', ()), ('narrow', (f'--dtype={dtype}',))):
+        train_tiny(*SMALL, *JOBS[name], '--max_iters=6', '--final_train_blocks=0', '--eval_blocks=4', *flags, out=out)
+    wide, narrow = (runs.read_run(str(tmp_path / out))['final_train_loss'] for out in ('wide', 'narrow'))
+    assert wide != narrow and abs(wide - narrow) < 0.01
