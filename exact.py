@@ -20,101 +20,18 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from tables import ACTIVATION_ENTRIES, EXP_STEPS, activation_table, exp_table, rotation_table
 
-FRACTION = 128                                  # fractional bits of the integers that tables are computed with
-ONE = 1 << FRACTION
-EXP_STEPS = 256                                 # entries per nat of the exponential tables
 FREQUENCY_TOP = 1 << 24                         # frequency of the likeliest symbol; every symbol has at least 1
-ACTIVATION_ENTRIES = 8192                       # of the activation table, half of them for negative inputs
-SITES = ('x1', 'a1', 'q', 'k', 'v', 'o', 'x2', 'a2', 'u', 'd')      # per block; then x, a of the head
+SITES = {'attention': ('x1', 'a1', 'q', 'k', 'v', 'o', 'x2', 'a2', 'u', 'd'),       # per block; then x, a of the head
+         'mixer': ('x1', 'v', 'x2', 'a2', 'u', 'd'),                # v: what is mixed
+         'multihead_mixer': ('x1', 'a1', 'v', 'o', 'x2', 'a2', 'u', 'd')}
 WIDE_LIMIT = 1 << 20                            # clamp of activations whose matrix product runs in float64
 LIMB_LIMIT = 63 * 128 + 63                      # clamp of the others: two limbs of [-64, 63] in base 128 hold it
 INT8_FROM, INT8_ROWS = 1 << 16, 256             # entries of a matrix from which int8 is faster; rows at a time (cache)
 EPSILON = 1e-5                                  # of every norm in model.py
 NORM_SCALE = 4096.0                             # fixed point of queries and keys that QK-norm normalises
 SCORES_AT_ONCE = 1 << 20                        # attention scores held at a time (4 MB: they stay in the cache)
-
-
-# --- tables from integer arithmetic ---
-
-def _exp_neg(n, d):
-    """exp(-n/d) with FRACTION bits for integers n >= 0, d > 0: Taylor series of a 1024th, squared ten times."""
-    x, total, term, k = (n << FRACTION) // d >> 10, ONE, ONE, 1
-    while term:
-        term = term * x // k >> FRACTION
-        total += -term if k % 2 else term
-        k += 1
-    for _ in range(10):
-        total = total * total >> FRACTION
-    return total
-
-
-@functools.lru_cache(None)
-def _constants():
-    """pi (Machin) and ln 10000 = 16 ln 2 + 4 ln 625/512... = 4 (3 ln 2 + ln 5/4), with FRACTION bits."""
-    def series(n, alternate):                   # arctan(1/n), or artanh(1/n)
-        total, term, k = 0, ONE // n, 1
-        while term:
-            total += -(term // k) if alternate and k % 4 == 3 else term // k
-            term, k = term // (n * n), k + 2
-        return total
-    return 4 * (4 * series(5, True) - series(239, True)), 4 * (3 * 2 * series(3, False) + 2 * series(9, False))
-
-
-@functools.lru_cache(None)
-def exp_table(top, floor):
-    """Integers top·exp(-i/EXP_STEPS), i = 0, 1, ..., until they round to 0; at least floor; float64 (n,)."""
-    values = [top]
-    while values[-1]:
-        values.append((_exp_neg(len(values), EXP_STEPS) * top + ONE // 2) >> FRACTION)
-    return np.maximum(np.array(values, np.float64), floor)
-
-
-@functools.lru_cache(None)
-def activation_table(kind, step_bits):
-    """The activation at (i - N/2)/2^step_bits, i < N = ACTIVATION_ENTRIES, as int64 with 32 fractional bits."""
-    pi, half = _constants()[0], ACTIVATION_ENTRIES // 2
-    up, root = [], math.isqrt((2 * ONE * ONE // pi) * ONE)                      # root = sqrt(2/pi)
-    for n in range(half + 1):
-        x = (n << FRACTION) >> step_bits
-        if kind == 'relu2':
-            gate = x
-        elif kind == 'gelu_tanh':               # x·sigmoid(2u), u = sqrt(2/pi)·(x + 0.044715 x^3)
-            u = root * (x + 44715 * (x * x >> FRACTION) * x // 1000000 // ONE) >> FRACTION
-            gate = ONE * ONE // (ONE + _exp_neg(2 * u, ONE))
-        else:                                   # x·Phi(x), Phi(x) = 1/2 + phi(x)·(x + x^3/3 + x^5/15 + ...)
-            total, term, k = 0, x, 1
-            while term and x < 9 * ONE:
-                total, k = total + term, k + 2
-                term = (term * x >> FRACTION) * x // k >> FRACTION
-            density = (root * _exp_neg(n * n, 2 << 2 * step_bits) >> FRACTION) // 2
-            gate = ONE if x >= 9 * ONE else ONE // 2 + (density * total >> FRACTION)
-        up.append((x * gate >> FRACTION) + (1 << FRACTION - 33) >> FRACTION - 32)
-    down = [0 if kind == 'relu2' else up[n] - ((n << 32) >> step_bits) for n in range(half, 0, -1)]
-    return np.array(down + up[:half], np.int64)
-
-
-@functools.lru_cache(None)
-def rotation_table(n_positions, width):
-    """cos and sin of t·10000^(-2i/width) as float64 (T, ceil(width/2)): integers with 24 fractional bits, exact."""
-    log_base, n = _constants()[1], (width + 1) // 2
-    cos, sin = [], []
-    for i in range(n):
-        angle, term, k, parts = _exp_neg(log_base * 2 * i, ONE * width), ONE, 0, [0, 0]
-        while term:
-            parts[k % 2] += -term if k % 4 > 1 else term
-            k += 1
-            term = term * angle // k >> FRACTION
-        cos.append(parts[0])
-        sin.append(parts[1])
-    step_c, step_s = np.array(cos, object), np.array(sin, object)
-    c, s = np.full(n, ONE, object), np.full(n, 0, object)
-    rows = []
-    for _ in range(n_positions):
-        rows.append(((np.stack((c, s)) + (1 << FRACTION - 25)) >> FRACTION - 24).astype(np.float64))
-        c, s = (c * step_c - s * step_s) >> FRACTION, (c * step_s + s * step_c) >> FRACTION
-    both = np.stack(rows) / (1 << 24)
-    return both[:, 0], both[:, 1]
 
 
 def tables_hash(args):
@@ -162,6 +79,18 @@ def product_limit(q, wide):
     return WIDE_LIMIT if wide else min(LIMB_LIMIT, max(1, ((1 << 24) - 1) // largest))
 
 
+def sites_of(args):
+    """Return (sites of a block, products of a block, sites of the head) for a model's args."""
+    kind = args.get('block_type', 'attention')
+    return SITES[kind], 3 if kind == 'mixer' else 5, 'xa' if args.get('final_norm', True) else 'a'
+
+
+def triangles(q, n):
+    """Unfold a mixer's folded triangles (mixers.Triangles), (G·n/2, n + 1) -> (G, n, n)."""
+    folded = q.reshape(-1, n // 2, n + 1)
+    return np.tril(np.concatenate((folded[:, :, ::-1][:, :, :n], np.tril(folded[:, ::-1, :n], n // 2)), 1))
+
+
 # --- the device ---
 
 @functools.lru_cache(None)
@@ -198,9 +127,10 @@ def _over(number, x):
 
 def check_covered(args):
     """Refuse a model that this file does not evaluate; args as in a checkpoint's model_args."""
-    known = dict(positions=('sinusoidal', 'learned', 'rotary'), norm=('layernorm', 'rmsnorm'),
-                 activation=('gelu', 'gelu_tanh', 'relu2'))
-    plain = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'bias', 'qk_norm', 'dropout'}
+    known = dict(positions=('sinusoidal', 'learned', 'rotary', 'none'), norm=('layernorm', 'rmsnorm'),
+                 activation=('gelu', 'gelu_tanh', 'relu2'), block_type=tuple(SITES))
+    plain = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'bias', 'qk_norm', 'dropout',
+             'final_norm'}
     strange = [f'{k} = {v!r}' for k, v in args.items() if (v not in known[k] if k in known else k not in plain)]
     if strange:
         raise UserError(f'the codec does not cover models with {", ".join(strange)}; exact.py says what it does')
@@ -218,8 +148,9 @@ class Exact:
         self.args, self.device, self.observe, self.seen, self.clamped = args, device, False, {}, [0, 0]
         self.float32_exact = torch.float32 in known_answer(device) and not float64_only
         self.int8_exact = self.float32_exact and torch.int8 in known_answer(device)
-        self.H, self.D, self.W = args['n_head'], args['n_embd'] // args['n_head'], args['block_size']
-        self.C, self.n_layer = args['n_embd'], args['n_layer']
+        self.kind, self.C, self.n_layer = args.get('block_type', 'attention'), args['n_embd'], args['n_layer']
+        self.H, self.W = 1 if self.kind == 'mixer' else args['n_head'], args['block_size']
+        self.D, self.position = self.C // self.H, None
         sites, wide = iter(sites), iter(wide)
         value = {n: q * s for n, (q, s) in tensors.items() if q.ndim == 1 or n in ('embed.weight', 'position.weight')}
         self.embed = self._put(value['embed.weight'])
@@ -228,14 +159,15 @@ class Exact:
         elif args['positions'] == 'sinusoidal':
             cos, sin = rotation_table(self.W, self.C)
             self.position = self._put(np.stack((sin, cos), 2).reshape(self.W, -1)[:, :self.C])
-        else:
-            self.position, (cos, sin) = None, rotation_table(self.W, self.D)
+        elif args['positions'] == 'rotary':
+            cos, sin = rotation_table(self.W, self.D)
             self.cos, self.sin = self._put(cos), self._put(sin)
         self.blocks = [self._block(i, tensors, value, sites, wide) for i in range(self.n_layer)]
-        self.x, self.a = (scale_of(next(sites)) for _ in 'xa')
+        self.x = scale_of(next(sites)) if 'norm.weight' in value else None
+        self.a = scale_of(next(sites))
         self.head = self._product('embed.weight' if args['tied'] else 'head.weight', tensors, self.a, next(wide))
         self.head['m'] = self._put(self.head['scale'] * EXP_STEPS, self.head['dtype'])
-        self.gain = self._put(value['norm.weight'] * self.a)
+        self.gain = self._put(value['norm.weight'] * self.a) if self.x else None
         self.bias = self._put(value['norm.bias'] * self.a) if 'norm.bias' in value else None
         self.frequency_table = self._put(exp_table(FREQUENCY_TOP, 1), torch.float32)
 
@@ -256,7 +188,7 @@ class Exact:
                     scale=np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (len(q),)) / scale_in)
 
     def _block(self, i, tensors, value, sites, wide):
-        s = {k: scale_of(next(sites)) for k in SITES}
+        s = {k: scale_of(next(sites)) for k in SITES[self.kind]}
         b, name, args = dict(s, i=i), f'blocks.{i}.', self.args
 
         def product(site, key, out):            # out (rows,): output units per real unit
@@ -265,19 +197,37 @@ class Exact:
             p['m'] = self._put(p['scale'] * out, p['dtype'])
             p['b'] = None if bias is None else self._put(bias * out, p['dtype'])
 
-        qk = [NORM_SCALE] * 2 if args['qk_norm'] else [s['q'], s['k']]
-        product('a1', 'attention.qkv', np.repeat(qk + [s['v']], self.C))
+        if self.kind == 'attention':
+            qk = [NORM_SCALE] * 2 if args['qk_norm'] else [s['q'], s['k']]
+            product('a1', 'attention.qkv', np.repeat(qk + [s['v']], self.C))
+        elif self.kind == 'mixer':              # a gain per channel cannot go into a matrix over positions
+            b['gain'], b['shift'] = (value.get(f'{name}norm1.{k}') for k in ('weight', 'bias'))
+            b['gain'], b['shift'] = (None if g is None else self._put(g * s['v']) for g in (b['gain'], b['shift']))
+        else:
+            product('a1', 'mixer.heads', s['v'])
         b['wide'] = next(wide)
-        b['limit_qk'], b['limit_v'], b['total'] = attention_limits(b['wide'], self.D, self.W)
         b['dtype'] = torch.float64 if b['wide'] else torch.float32
         b['run'] = b['dtype'] if self.float32_exact else torch.float64
-        for k in 'qk':
-            b[k + '_gain'] = self._put(value[f'{name}attention.{k}_norm.weight'] * s[k]) if args['qk_norm'] else None
-        b['step'] = float(np.float32(EXP_STEPS / (s['q'] * s['k'] * math.sqrt(self.D))))
-        top = 1 << (24 if b['wide'] else min(16, 23 - math.ceil(math.log2(self.W))))       # sum of W of them < 2^24
-        b['exp'] = self._put(exp_table(top, 0), b['dtype'])
-        product('o', 'attention.proj', 1.0)
-        b['o_step'] = float(np.float32(s['o'] / (s['v'] * b['total'])))
+        if self.kind == 'attention':
+            b['limit_qk'], b['limit_v'], b['total'] = attention_limits(b['wide'], self.D, self.W)
+            for k in 'qk':
+                gain = value.get(f'{name}attention.{k}_norm.weight')
+                b[k + '_gain'] = None if gain is None else self._put(gain * s[k])
+            b['step'] = float(np.float32(EXP_STEPS / (s['q'] * s['k'] * math.sqrt(self.D))))
+            top = 1 << (24 if b['wide'] else min(16, 23 - math.ceil(math.log2(self.W))))   # sum of W of them < 2^24
+            b['exp'] = self._put(exp_table(top, 0), b['dtype'])
+            product('o', 'attention.proj', 1.0)
+            b['o_step'] = float(np.float32(s['o'] / (s['v'] * b['total'])))
+        else:
+            (q, scale), out = tensors[f'{name}mixer.mix.weight'], s.get('o', 1.0)
+            q, bias = triangles(q, self.W), value.get(f'{name}mixer.mix.bias')
+            scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (self.H * self.W // 2,))
+            scale = np.concatenate((scale.reshape(self.H, -1), scale.reshape(self.H, -1)[:, ::-1]), 1)
+            b['limit_v'], b['mix'] = product_limit(q.reshape(-1, self.W), b['wide']), self._put(q, b['run'])
+            b['mix_m'] = self._put((scale / s['v'] * out)[:, :, None], b['dtype'])
+            b['mix_b'] = None if bias is None else self._put((bias * out).reshape(self.H, -1, 1), b['dtype'])
+            if self.kind == 'multihead_mixer':
+                product('o', 'mixer.proj', 1.0)
         product('a2', 'feed_forward.up', s['u'])
         up, down = b['feed_forward.up'], 'feed_forward.down'
         half = torch.tensor(ACTIVATION_ENTRIES / 2 + 0.5, dtype=up['dtype'], device=self.device)
@@ -337,7 +287,7 @@ class Exact:
             z = z.double().round_().clamp_(-WIDE_LIMIT, WIDE_LIMIT)
             mean = (z * z).sum(-1, keepdim=True) * (1.0 / (self.D * NORM_SCALE * NORM_SCALE))
             z = z * _over(1.0 / NORM_SCALE, (mean + EPSILON).sqrt_()) * b[k + '_gain']
-        if self.position is None:
+        if self.args['positions'] == 'rotary':
             stop = start + z.size(2)
             cos, sin, (first, second) = self.cos[start:stop], self.sin[start:stop], z.double().chunk(2, -1)
             z = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
@@ -377,19 +327,8 @@ class Exact:
         if self.position is not None:
             x = x + self.position[start:stop]
         for b in self.blocks:
-            z = self._normalised_product(x, b['x1'], b['a1'], b, ('x1', 'a1'), 'attention.qkv')
-            q, k, v = z.view(*tokens.shape, 3, self.H, self.D).permute(2, 0, 3, 1, 4)           # (B, H, T, D) each
-            if last and b is self.blocks[-1]:
-                q, x = q[:, :, -last:], x[:, -last:]
-            q = self._query_key(q, b, 'q', stop - q.size(2))
-            k = self._query_key(k, b, 'k', start).transpose(2, 3)
-            v = self._fit(v.to(b['dtype'], copy=True), b['limit_v'], b['v'], f'{b["i"]}.v').to(b['run'])
-            if cache:
-                k, v = cache.extend(b['i'], k, v, start, stop)
-            y = self._attend(q, k, v, b).transpose(1, 2).reshape(x.shape)
-            p = b['attention.proj']
-            a = self._fit(y.mul_(b['o_step']), p['limit'], b['o'], f'{b["i"]}.o')
-            x = self._add(x, a, p)
+            n = last if last and b is self.blocks[-1] else tokens.size(1)
+            x = (self._attention if self.kind == 'attention' else self._mix)(x, b, cache, start, n)
             z = self._normalised_product(x, b['x2'], b['a2'], b, ('x2', 'a2'), 'feed_forward.up')
             if self.observe:
                 self._fit(z - ACTIVATION_ENTRIES / 2, ACTIVATION_ENTRIES / 2, b['u'], f'{b["i"]}.u')
@@ -400,10 +339,48 @@ class Exact:
             x = self._add(x, a, b['feed_forward.down'])
         if cache:
             cache.length = stop
+        if self.x is None:
+            return self._fit(x * self.a, self.head['limit'], self.a, 'a').to(self.head['run'])
         d, factor = self._norm(x, self.x, 'x')
         a = d * factor * self.gain
         a = a if self.bias is None else a + self.bias
         return self._fit(a, self.head['limit'], self.a, 'a').to(self.head['run'])
+
+    def _attention(self, x, b, cache, start, n):
+        """x (B, T, C) of positions from start on -> the last n of them with their attention added."""
+        stop = start + x.size(1)
+        z = self._normalised_product(x, b['x1'], b['a1'], b, ('x1', 'a1'), 'attention.qkv')
+        q, k, v = z.view(*x.shape[:2], 3, self.H, self.D).permute(2, 0, 3, 1, 4)                # (B, H, T, D) each
+        q = self._query_key(q[:, :, -n:], b, 'q', stop - n)
+        k = self._query_key(k, b, 'k', start).transpose(2, 3)
+        v = self._fit(v.to(b['dtype'], copy=True), b['limit_v'], b['v'], f'{b["i"]}.v').to(b['run'])
+        if cache:
+            k, v = cache.extend(b['i'], k, v, start, stop)
+        x, p = x[:, -n:], b['attention.proj']
+        y = self._attend(q, k, v, b).transpose(1, 2).reshape(x.shape)
+        return self._add(x, self._fit(y.mul_(b['o_step']), p['limit'], b['o'], f'{b["i"]}.o'), p)
+
+    def _mix(self, x, b, cache, start, n):
+        """As _attention, for a mixer's matrix over the positions."""
+        stop = start + x.size(1)
+        if self.kind == 'mixer':
+            d, factor = self._norm(x, b['x1'], f'{b["i"]}.x1')
+            v = d * factor * b['gain']
+            v = v if b['shift'] is None else v + b['shift']
+        else:
+            v = self._normalised_product(x, b['x1'], b['a1'], b, ('x1', 'a1'), 'mixer.heads')
+        v = v.view(*x.shape[:2], self.H, self.D).transpose(1, 2)                                # (B, H, T, D)
+        v = self._fit(v.to(b['dtype'], copy=True), b['limit_v'], b['v'], f'{b["i"]}.v').to(b['run'])
+        if cache:
+            v = cache.extend(b['i'], None, v, start, stop)[1]
+        x, y = x[:, -n:], torch.matmul(b['mix'][:, stop - n:stop, :stop], v).to(b['dtype'])
+        y = y.mul_(b['mix_m'][:, stop - n:stop])
+        y = y if b['mix_b'] is None else y.add_(b['mix_b'][:, stop - n:stop])
+        y = y.transpose(1, 2).reshape(x.shape)
+        if self.kind == 'mixer':
+            return x + y.double()
+        p = b['mixer.proj']
+        return self._add(x, self._fit(y, p['limit'], b['o'], f'{b["i"]}.o'), p)
 
     def _add(self, x, a, p):
         y = self._matmul(a, p).mul_(p['m'])
@@ -418,16 +395,23 @@ class Exact:
 
 
 class Cache:
-    """Keys (B, H, D, W) and values (B, H, W, D) of the positions so far, a pair per block; W last is fastest."""
+    """Keys (B, H, D, W) and values (B, H, W, D) of the positions so far, a pair per block; W last is fastest.
+
+    Of a mixer the inputs of its matrices are the values, and there are no keys.
+    """
 
     def __init__(self, blocks, shape, device):
         self.values = [torch.empty(shape, dtype=b['run'], device=device) for b in blocks]
-        self.keys = [torch.empty_like(v).view(shape[0], shape[1], shape[3], shape[2]) for v in self.values]
+        self.keys = [torch.empty_like(v).view(shape[0], shape[1], shape[3], shape[2]) if 'exp' in b else None
+                     for b, v in zip(blocks, self.values)]
         self.length = 0
 
     def extend(self, i, k, v, start, stop):
-        self.keys[i][..., start:stop], self.values[i][:, :, start:stop] = k, v
-        return self.keys[i][..., :stop], self.values[i][:, :, :stop]
+        self.values[i][:, :, start:stop] = v
+        if k is not None:
+            self.keys[i][..., start:stop] = k
+            k = self.keys[i][..., :stop]
+        return k, self.values[i][:, :, :stop]
 
 
 # --- from a trained model ---

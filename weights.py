@@ -21,7 +21,6 @@ import torch
 from configurator import UserError
 from exact import (
     ACTIVATION_ENTRIES,
-    SITES,
     WIDE_LIMIT,
     Exact,
     attention_limits,
@@ -29,6 +28,8 @@ from exact import (
     norm_bits,
     product_limit,
     scale_of,
+    sites_of,
+    triangles,
 )
 
 CHUNK = 4096                                    # weights between two updates of the counts
@@ -43,25 +44,31 @@ OWN_SHARE = 0.9                                 # of a row's own Fisher informat
 def shapes(args):
     """Return {name: shape} of the folded weights of a model, in the order they are coded."""
     c, v, d = args['n_embd'], args['vocab_size'], args['n_embd'] // args['n_head']
+    kind, n = args.get('block_type', 'attention'), args['block_size']
+    mixed = args['n_head'] if kind == 'multihead_mixer' else 1                  # triangles, folded
+    matrices = {'attention.qkv': (3 * c, c), 'attention.proj': (c, c)} if kind == 'attention' else {
+        'mixer.heads': (c, c), 'mixer.mix': (mixed * n // 2, n + 1), 'mixer.proj': (c, c)}
+    if kind == 'mixer':
+        matrices = {'mixer.mix': matrices['mixer.mix']}
+    matrices.update({'feed_forward.up': (4 * c, c), 'feed_forward.down': (c, 4 * c)})
     out = {'embed.weight': (v, c)}
     if args['positions'] == 'learned':
-        out['position.weight'] = (args['block_size'], c)
+        out['position.weight'] = (n, c)
     for i in range(args['n_layer']):
-        for key, shape in (('attention.qkv', (3 * c, c)), ('attention.proj', (c, c)), ('feed_forward.up', (4 * c, c)),
-                           ('feed_forward.down', (c, 4 * c))):
-            out[f'blocks.{i}.{key}.weight'] = shape
+        out.update({f'blocks.{i}.{key}.weight': shape for key, shape in matrices.items()})
     if not args['tied']:
         out['head.weight'] = (v, c)
     for i in range(args['n_layer']):
-        for key, n in (('attention.qkv', 3 * c), ('attention.proj', c), ('feed_forward.up', 4 * c),
-                       ('feed_forward.down', c)):
-            if args['bias']:
-                out[f'blocks.{i}.{key}.bias'] = (n,)
-        if args['qk_norm']:
+        if args['bias']:
+            out.update({f'blocks.{i}.{key}.bias': (mixed * n if key == 'mixer.mix' else shape[0],)
+                        for key, shape in matrices.items()})
+        if args['qk_norm'] and kind == 'attention':
             out[f'blocks.{i}.attention.q_norm.weight'] = out[f'blocks.{i}.attention.k_norm.weight'] = (d,)
-    out['norm.weight'] = (c,)
-    if args['bias'] and args['norm'] == 'layernorm':
-        out['norm.bias'] = (c,)
+    norms = [f'blocks.{i}.norm1' for i in range(args['n_layer']) if kind == 'mixer']
+    for norm in norms + ['norm'] * args.get('final_norm', True):
+        out[f'{norm}.weight'] = (c,)
+        if args['bias'] and args['norm'] == 'layernorm':
+            out[f'{norm}.bias'] = (c,)
     return out
 
 
@@ -77,7 +84,9 @@ def fold(state, args):
     if args['tied']:
         w.pop('head.weight', None)
     for i in range(args['n_layer']):
-        for norm, key in (('norm1', 'attention.qkv'), ('norm2', 'feed_forward.up')):
+        first = {'attention': 'attention.qkv', 'mixer': '', 'multihead_mixer': 'mixer.heads'}
+        first = first[args.get('block_type', 'attention')]          # a flat mixer's norm keeps its gain and bias
+        for norm, key in (('norm1', first), ('norm2', 'feed_forward.up'))[not first:]:
             name, gain = f'blocks.{i}.{key}.', w.pop(f'blocks.{i}.{norm}.weight')
             shift = w.pop(f'blocks.{i}.{norm}.bias', None)
             if shift is not None:
@@ -116,9 +125,10 @@ def fisher_information(model, x, y):
 
 def reference_sites(args):
     """Sites for the first look at a model: everything in float64 with wide ranges; returns (codes, wide flags)."""
-    bits = norm_bits(args['n_embd'])
+    bits, (sites, n_products, last) = norm_bits(args['n_embd']), sites_of(args)
     codes = dict(x1=4 * (bits - 13), a1=48, q=40, k=40, v=40, o=40, x2=4 * (bits - 13), a2=48, u=24, d=40)
-    return [codes[s] for s in SITES] * args['n_layer'] + [codes['x1'], codes['a1']], [1] * (5 * args['n_layer'] + 1)
+    codes.update(x=codes['x1'], a=codes['a1'])
+    return [codes[s] for s in [*sites * args['n_layer'], *last]], [1] * (n_products * args['n_layer'] + 1)
 
 
 def choose_sites(args, tensors, seen, all_wide=False):
@@ -126,17 +136,19 @@ def choose_sites(args, tensors, seen, all_wide=False):
 
     A product runs in float32 if its clamped activations still resolve a 24th of their root mean square.
     """
-    codes, wide, bits = [], [], norm_bits(args['n_embd'])
-    matrix = dict(a1='attention.qkv', o='attention.proj', a2='feed_forward.up', d='feed_forward.down')
+    codes, wide, bits, (sites, _, last) = [], [], norm_bits(args['n_embd']), sites_of(args)
+    attention = args.get('block_type', 'attention') == 'attention'
+    before, after = ('attention.qkv', 'attention.proj') if attention else ('mixer.heads', 'mixer.proj')
+    matrix = dict(a1=before, o=after, a2='feed_forward.up', d='feed_forward.down')
 
-    def product(site, name):
+    def product(site, q):
         largest, rms = 1.25 * seen[site][0] + 1e-9, math.sqrt(seen[site][1]) + 1e-9
-        narrow = product_limit(tensors[name][0], False) / largest
+        narrow = product_limit(q, False) / largest
         wide.append(int(all_wide or narrow * rms < 24))
         codes.append(code_below(min(WIDE_LIMIT / 2 / largest, 4096 / rms) if wide[-1] else narrow))
 
     for i in range(args['n_layer']):
-        for s in SITES:
+        for s in sites:
             site = f'{i}.{s}'
             largest = 1.25 * seen[site][0] + 1e-9
             if s in ('x1', 'x2'):
@@ -144,14 +156,18 @@ def choose_sites(args, tensors, seen, all_wide=False):
             elif s == 'u':
                 codes.append(4 * max(-4, min(9, math.floor(math.log2(ACTIVATION_ENTRIES / 2 / largest)))))
             elif s in matrix:
-                product(site, f'blocks.{i}.{matrix[s]}.weight')
+                product(site, tensors[f'blocks.{i}.{matrix[s]}.weight'][0])
+            elif not attention:
+                product(site, triangles(tensors[f'blocks.{i}.mixer.mix.weight'][0], args['block_size']).reshape(
+                    -1, args['block_size']))
             else:
                 if s == 'q':
                     wide.append(int(all_wide))
                 limit = attention_limits(wide[-1], args['n_embd'] // args['n_head'], args['block_size'])[s == 'v']
                 codes.append(code_below(min(limit / largest, 4096 / largest if wide[-1] else math.inf)))
-    codes.append(code_below(2 ** bits / (5 * seen['x'][0] + 1e-9)))
-    product('a', 'embed.weight' if args['tied'] else 'head.weight')
+    if 'x' in last:
+        codes.append(code_below(2 ** bits / (5 * seen['x'][0] + 1e-9)))
+    product('a', tensors['embed.weight' if args['tied'] else 'head.weight'][0])
     return codes, wide
 
 

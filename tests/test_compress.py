@@ -19,8 +19,8 @@ import online
 import weights
 from bins import mix64
 from configurator import UserError
-from model import GPT, ModelConfig, model_args
-from runs import save_checkpoint
+from model import GPT, ModelConfig, make, model_args
+from runs import load_checkpoint, save_checkpoint
 
 QUIET = '--no-progress'
 ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--online_window=32', '--online_streams=4',
@@ -111,6 +111,39 @@ def test_fresh_processes_with_other_settings(folder, tmp_path):
     command = [sys.executable, os.path.join(ROOT, 'compress.py'), 'unpack', '-', '-', '--streams_at_once=3']
     piped = subprocess.run(command, input=(tmp_path / 'a').read_bytes(), capture_output=True, timeout=60)
     assert piped.returncode == 0 and piped.stdout == (folder / 'text').read_bytes(), piped.stderr
+
+
+@pytest.mark.parametrize('options', [
+    dict(block_type='mixer', positions='none', final_norm=False), dict(block_type='multihead_mixer', positions='none'),
+    dict(block_type='mixer', n_layer=2, norm='rmsnorm')], ids=str)
+def test_mixers_are_packed(tmp_path, options):
+    """Flat and with heads, pruned: the text comes back with other streams at once, and is small."""
+    trained(str(tmp_path / 'ckpt.pt'), make_text(20000), **options)
+    checkpoint = load_checkpoint(str(tmp_path / 'ckpt.pt'))
+    for name, w in checkpoint['model'].items():
+        if w.dim() == 2 and 'embed' not in name:
+            w *= w.abs() >= w.abs().flatten().kthvalue(w.numel() // 3).values
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), checkpoint)
+    (tmp_path / 'text').write_bytes(make_text(6000))
+    assert pack(tmp_path, 'text', 'archive', '--streams=9', '--weight_bits=6') == 0
+    assert unpack(tmp_path / 'archive', tmp_path / 'out', '--streams_at_once=4') == 0
+    assert (tmp_path / 'out').read_bytes() == (tmp_path / 'text').read_bytes()
+    assert len(sections_of(tmp_path / 'archive')[4]) < 0.6 * 6000
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(kernel=3), 'kernel = 3'), (dict(expansion=1), 'expansion = 1'),
+    (dict(wrapper='memory', chunk_size=8), "wrapper = 'memory', chunk_size = 8")])
+def test_what_is_not_packed(tmp_path, options, message):
+    """Wider kernels, expanded mixers and models with an encoder: one line, no archive."""
+    model = make(ModelConfig(block_size=32, n_layer=1, n_embd=32, block_type='mixer', positions='none', **options))
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
+        model=model.state_dict(), model_args=model_args(model), masks={},
+        data=dict(dataset='toy', sha256='', start_id=10, tokenizer='byte')))
+    (tmp_path / 'text').write_bytes(b'abc' * 50)
+    with pytest.raises(UserError, match=f'the codec does not cover models with {message}'):
+        pack(tmp_path, 'text', 'archive')
+    assert not (tmp_path / 'archive').exists()
 
 
 EDGES = dict(

@@ -8,6 +8,7 @@ import torch
 
 import exact
 import weights
+from mixers import Triangles
 from model import GPT, ModelConfig, model_args
 
 SHAPES = [
@@ -16,6 +17,10 @@ SHAPES = [
     dict(positions='rotary', norm='rmsnorm', activation='relu2', bias=False, qk_norm=True),
     dict(positions='rotary', qk_norm=True, tied=True, n_embd=48, n_head=3),
     dict(norm='rmsnorm', bias=False, n_layer=1),
+    dict(block_type='mixer', positions='none', final_norm=False),
+    dict(block_type='mixer', positions='learned', norm='rmsnorm', bias=False, tied=True),
+    dict(block_type='multihead_mixer', positions='none', final_norm=False, n_head=4),
+    dict(block_type='multihead_mixer', norm='rmsnorm', activation='relu2'),
 ]
 
 
@@ -139,9 +144,10 @@ def test_attention_in_pieces(monkeypatch):
     assert torch.equal(e.forward(x), want)
 
 
-def test_outlier_channel():
+@pytest.mark.parametrize('options', [dict(), dict(block_type='mixer'), dict(block_type='multihead_mixer')], ids=str)
+def test_outlier_channel(options):
     """A residual channel at 4,000 stays exact (stepwise = parallel) and near the float model."""
-    model = tiny()
+    model = tiny(**options)
     with torch.no_grad():
         model.embed.weight[:, 3] = 4000.0
     e = build(model, 2047)
@@ -153,6 +159,14 @@ def test_outlier_channel():
     cache, x = e.cache(4), torch.from_numpy(x)
     steps = torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1)
     assert torch.equal(steps, e.forward(x))
+
+
+def test_triangles_are_those_of_the_mixer():
+    """Unfolded integers are mixers.Triangles' matrices."""
+    mix = Triangles(12, groups=3)
+    with torch.no_grad():
+        mix.weight.copy_(torch.arange(mix.weight.numel()).view_as(mix.weight))
+    assert np.array_equal(exact.triangles(mix.weight.detach().numpy(), 12), mix.matrices()[:, 0].detach().numpy())
 
 
 def test_bounds_are_proven_from_the_weights():

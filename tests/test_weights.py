@@ -8,7 +8,9 @@ from configurator import UserError
 from model import GPT, ModelConfig, model_args
 
 CONFIGS = [dict(), dict(positions='learned', tied=True),
-           dict(norm='rmsnorm', bias=False, qk_norm=True, positions='rotary')]
+           dict(norm='rmsnorm', bias=False, qk_norm=True, positions='rotary'),
+           dict(block_type='mixer', positions='none', final_norm=False), dict(block_type='mixer', norm='rmsnorm'),
+           dict(block_type='multihead_mixer', positions='none', bias=False)]
 
 
 def tiny(**options):
