@@ -31,6 +31,14 @@ def optimizer_rules(k):
             (k.learning_rate > 0, f'learning_rate = {k.learning_rate}, expected > 0')]
 
 
+def matrix_rules(k):
+    """Rules for configurator.require: the optimiser of the blocks' matrices."""
+    return [one_of('matrix_optimizer', k.matrix_optimizer, ('adamw', 'muon')),
+            (k.matrix_optimizer != 'muon' or not k.shard, "matrix_optimizer = 'muon' needs whole matrices on each rank:"
+             " use shard = '' (DDP)"),
+            (k.muon_rate_ratio > 0, f'muon_rate_ratio = {k.muon_rate_ratio}, expected > 0')]
+
+
 def shard_rules(k, distributed):
     """Rules for configurator.require: FSDP2 and what belongs to it."""
     return [one_of('shard', k.shard, ('', 'full')),
@@ -98,7 +106,8 @@ def memory_by_part(model_config, k, n_ranks, wide):
     kept = layers + 44 if k.activation_checkpointing else per_block * layers
     scoring = rows_per_forward(t) * t * (22 * c * wide + head)
     temporary = 8 * held if k.procedure in ('drr', 'pmmp') else 4 * held if k.procedure == 'rl1' else 0
-    return dict(weights=4 * held, gradients=4 * held, optimizer=8 * held,
+    momentum_only = 12 * layers * c * c if getattr(k, 'matrix_optimizer', 'adamw') == 'muon' else 0
+    return dict(weights=4 * held, gradients=4 * held, optimizer=8 * held - 4 * momentum_only,
                 procedure=48 * held if k.procedure == 'pmmp' else 0, masks=held if k.do_pruning else 0,
                 activations=max(tokens * ((kept + 14) * c * wide + head), scoring, temporary))
 

@@ -195,9 +195,9 @@ def pmmp_saved(state, view):
 
 @torch.no_grad()
 def forget(optimizer, masks):
-    """Zero Adam's moments of masked entries, so that no momentum moves them; masks {parameter: bool tensor}."""
+    """Zero the moments of masked entries, so that no momentum moves them; masks {parameter: bool tensor}."""
     for p, mask in masks.items():
-        for key in ('exp_avg', 'exp_avg_sq'):
+        for key in ('exp_avg', 'exp_avg_sq', 'momentum_buffer'):
             if key in optimizer.state.get(p, {}):
                 optimizer.state[p][key].mul_(mask)
 

@@ -20,6 +20,7 @@ from plan import (
     LN2,
     batch_rules,
     cut_phases,
+    matrix_rules,
     optimizer_rules,
     plan_phases,
     print_plan,
@@ -115,6 +116,8 @@ beta1 = 0.9
 beta2 = 0.999
 adam_epsilon = 1e-8
 weight_decay = 0.0              # matrices and embeddings only
+matrix_optimizer = 'adamw'      # of the blocks' matrices: 'adamw', 'muon' (AdamW then keeps the rest)
+muon_rate_ratio = 1.0           # Muon's learning rate in units of learning_rate
 grad_clip = 0.0                 # 0 = off
 # logging, evaluation, saving
 log_every = 1                   # steps between rows of train_loss.csv
@@ -147,7 +150,7 @@ def check_knobs(k, n_ranks):
             one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
             (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
             one_of('stop_when', stop_when, ('never', 'first_exhausted')),
-            one_of('loss_on', loss_on, ('text', 'text+markup')),
+            one_of('loss_on', loss_on, ('text', 'text+markup')), *matrix_rules(k),
             (not data_mix or order != 'random' and not online,
              f"data_mix = {data_mix!r} takes order = 'permuted' or 'sequential' and no --online"),
             *batch_rules(k, n_ranks), *optimizer_rules(k), *shard_rules(k, check or 'RANK' in os.environ),
@@ -176,6 +179,7 @@ def main(argv=None):
     from encoders import load_encoder, objective_rule, with_objective
     from mixture import common_splits, data_rules, open_data
     from model import config_from_knobs, flops_per_token, make, model_args, optimizer_groups
+    from muon import MuonAndAdamW
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):
@@ -230,7 +234,8 @@ def main(argv=None):
         raw_model.encoder.requires_grad_(False)
     if resume:
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
-                 'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder')
+                 'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder',
+                 'matrix_optimizer')
         runs.check_resume(start, path, data_facts, config, fixed)
     raw_model.recompute, raw_model.left_padding = activation_checkpointing, train_data.padded
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
@@ -241,7 +246,10 @@ def main(argv=None):
     masks = {n: parallel.part(m, named_params[n]) for n, m in start.get('masks', {}).items() if n in trained}
     masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
     adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
-    optimizer = adamw(optimizer_groups(all_params, weight_decay), lr=learning_rate)
+    if matrix_optimizer == 'muon':
+        optimizer = MuonAndAdamW({n: named_params[n] for n in trained}, optimizer_groups, adamw, weight_decay, muon_rate_ratio)
+    else:
+        optimizer = adamw(optimizer_groups(all_params, weight_decay))
     whole = bool(start.get('optimizer'))                                # a checkpoint of weights alone has none
     if resume and whole:
         parallel.load_optimizer(optimizer, start['optimizer'], parallel.parameters_of(optimizer))
@@ -397,7 +405,7 @@ def main(argv=None):
             began = time.time()
             for group_owner, peak in zip(optimizers, peaks):
                 for group in group_owner.param_groups:
-                    group['lr'] = rate_at(counters['step'], n_steps, peak, k)
+                    group['lr'] = rate_at(counters['step'], n_steps, peak, k) * group.get('rate_ratio', 1.0)
             lr = optimizer.param_groups[0]['lr']
             epochs_done, inside = divmod(done, phase['epoch_steps'])
             epoch, batch = phase['first_epoch'] + epochs_done, inside // steps_per_chunk
