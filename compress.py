@@ -30,7 +30,8 @@ streams_at_once = 0             # streams that the model runs at a time when dec
 verify = True                   # after pack or online, decode in a fresh process before success is reported
 progress = True                 # bar and summary on standard error
 # pack
-weight_bits = 0.0               # bits per non-zero weight to spend; 0 = whatever makes weights + data smallest
+weight_bits = 0.0               # bits per non-zero weight to spend; 0 = whatever makes weights + data smallest, or the
+                                # grid that the model was trained on (train.py --qat_bits)
 streams = 0                     # texts coded side by side; 0 = as many as cost 1 % of the data, at most 256
 keep = 0                        # symbols of context kept when the window is full; 0 = half the window
 block_bytes = 1048576           # symbols per block: the unit of CRC, of storing and of output to a pipe
@@ -97,8 +98,10 @@ def choose_weights(model, checkpoint, ids, start_id, say):
         folded['embed.weight'][~used] = 0       # rows that no symbol of this file ever looks up
     nonzero = sum(int(np.count_nonzero(w)) for w in folded.values())
 
+    trained = {n: c.numpy() for n, c in (checkpoint.get('grid') or {}).items()}
+
     def attempt(rate):
-        tensors = weights.quantise(folded, fisher, rate)
+        tensors = weights.quantise(folded, fisher, rate, trained)
         return tensors, weights.encode(tensors, args)
 
     def total_bits(rate):
@@ -107,11 +110,7 @@ def choose_weights(model, checkpoint, ids, start_id, say):
         return 8 * len(section) + len(ids) * float_bits(model, x, y).mean()
 
     if weight_bits:
-        low, high = -60.0, 10.0                 # log2 of the rate: more rate, fewer bits
-        for _ in range(14):
-            middle = (low + high) / 2
-            low, high = (middle, high) if 8 * len(attempt(2 ** middle)[1]) > weight_bits * nonzero else (low, middle)
-        rate = 2 ** high
+        tensors, section = weights.quantise_to(folded, fisher, args, weight_bits)
     else:
         rate, seen = 1 / len(ids), {}
         for step in (4, 2, 2 ** 0.5):           # walk downhill over the rate, with ever smaller steps
@@ -122,7 +121,7 @@ def choose_weights(model, checkpoint, ids, start_id, say):
                 if best == rate:
                     break
                 rate = best
-    tensors, section = attempt(rate)
+        tensors, section = attempt(rate)
     position_bits = float_bits(weights.load_folded(model, weights.values(tensors)), x, y)
     say(f'weights: {len(section):,} bytes, {8 * len(section) / max(nonzero, 1):.3f} bits per non-zero ({nonzero:,}); '
         f'sample {before:.4f} -> {position_bits.mean():.4f} bits per symbol')

@@ -2,9 +2,11 @@
 
 Muon (Jordan et al. 2024) takes, in place of a matrix's momentum, the nearest matrix with orthonormal rows or columns
 (five Newton-Schulz steps in bfloat16). torch.optim.Muon scales it to the root mean square of an AdamW step (Liu et al.
-2025), so that both can share a learning rate. What a procedure or a mask does to a gradient comes before, as with AdamW.
+2025), so that both can share a learning rate. What a procedure or a mask does to a gradient comes before.
 """
 import torch
+
+from model import optimizer_groups
 
 MOMENTUM = 0.95
 
@@ -20,9 +22,9 @@ class MuonAndAdamW:
     adamw(groups) makes the AdamW of what is left; rate_ratio: Muon's learning rate in units of AdamW's.
     """
 
-    def __init__(self, named_params, make_groups, adamw, weight_decay, rate_ratio):
+    def __init__(self, named_params, adamw, weight_decay, rate_ratio):
         matrices = [p for n, p in named_params.items() if is_muons(n, p)]
-        self.adamw = adamw(make_groups([p for n, p in named_params.items() if not is_muons(n, p)], weight_decay))
+        self.adamw = adamw(optimizer_groups([p for n, p in named_params.items() if not is_muons(n, p)], weight_decay))
         self.muon = torch.optim.Muon([dict(params=matrices, rate_ratio=rate_ratio)], momentum=MOMENTUM,
                                      weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')
         self.n_groups = len(self.adamw.param_groups)
@@ -60,3 +62,10 @@ class MuonAndAdamW:
         self.muon.load_state_dict(self._shifted(
             dict(state={i: s for i, s in states.items() if i >= self.n_others}, param_groups=groups[self.n_groups:]),
             -self.n_others))
+
+
+def make_optimizer(named_params, adamw, k):
+    """Make a training script's optimiser of {name: tensor}; adamw(groups) makes an AdamW, k holds the knobs."""
+    if k.matrix_optimizer == 'muon':
+        return MuonAndAdamW(named_params, adamw, k.weight_decay, k.muon_rate_ratio)
+    return adamw(optimizer_groups(list(named_params.values()), k.weight_decay))

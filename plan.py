@@ -32,11 +32,16 @@ def optimizer_rules(k):
 
 
 def matrix_rules(k):
-    """Rules for configurator.require: the optimiser of the blocks' matrices."""
+    """Rules for configurator.require: the optimiser of matrices, and the grid they are fine-tuned on."""
     return [one_of('matrix_optimizer', k.matrix_optimizer, ('adamw', 'muon')),
             (k.matrix_optimizer != 'muon' or not k.shard, "matrix_optimizer = 'muon' needs whole matrices on each rank:"
              " use shard = '' (DDP)"),
-            (k.muon_rate_ratio > 0, f'muon_rate_ratio = {k.muon_rate_ratio}, expected > 0')]
+            (k.muon_rate_ratio > 0, f'muon_rate_ratio = {k.muon_rate_ratio}, expected > 0'),
+            (k.qat_bits == 0 or 1 <= k.qat_bits <= 12, f'qat_bits = {k.qat_bits}, expected 1 to 12, or 0 = off'),
+            at_least('qat_rows', k.qat_rows, 1), at_least('bits_lambda', k.bits_lambda, 0),
+            (not k.qat_bits or k.epochs_fine_tuning > 0, 'qat_bits needs epochs_fine_tuning > 0, which it begins with'),
+            (not k.qat_bits or not k.shard, "qat_bits needs whole matrices on each rank: use shard = '' (DDP)"),
+            (not k.bits_lambda or k.qat_bits > 0, f'bits_lambda = {k.bits_lambda} needs qat_bits > 0')]
 
 
 def shard_rules(k, distributed):

@@ -170,7 +170,7 @@ def main(argv=None):
     path = os.path.join(out_dir, 'ckpt.pt')
     runs.save_checkpoint(path, dict(
         checkpoint, model=model.state_dict(), model_args=model_args(model), masks=masks, parent=record.values['parent'],
-        config=dict(checkpoint['config'], **config), optimizer={}, procedure={}, phase='pruned'))
+        config=dict(checkpoint['config'], **config), optimizer={}, procedure={}, grid={}, phase='pruned'))
     record.update(status='done', non_zero_params=whole['nonzeros'], sparsity=rows[-1]['sparsity'], **facts)
     print(f'wrote {path}; fine-tune it: python train.py --init_from={out_dir} --procedure=vanilla ...')
     return 0

@@ -119,6 +119,10 @@ weight_decay = 0.0              # matrices and embeddings only
 matrix_optimizer = 'adamw'      # of the blocks' matrices: 'adamw', 'muon' (AdamW then keeps the rest)
 muon_rate_ratio = 1.0           # Muon's learning rate in units of learning_rate
 grad_clip = 0.0                 # 0 = off
+# quantisation-aware fine-tuning (qat.py): the run ends on the grid that compress.py writes
+qat_bits = 0.0                  # bits per non-zero weight that the grid is chosen for; 0 = off
+qat_rows = 32                   # training rows on which its Fisher information is measured
+bits_lambda = 0.0               # penalty on the estimated bits; 1 = a bit of weights counts as a bit of data
 # logging, evaluation, saving
 log_every = 1                   # steps between rows of train_loss.csv
 log_interval = 100              # steps between lines of log.txt
@@ -172,14 +176,15 @@ def main(argv=None):
     import curves
     import pairs
     import parallel
+    import qat
     import runs
     import score
     import sparse
     from bins import batch_starts, key_of, n_blocks, read_meta
     from encoders import load_encoder, objective_rule, with_objective
     from mixture import common_splits, data_rules, open_data
-    from model import config_from_knobs, flops_per_token, make, model_args, optimizer_groups
-    from muon import MuonAndAdamW
+    from model import config_from_knobs, flops_per_token, make, model_args
+    from muon import make_optimizer
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):
@@ -246,10 +251,7 @@ def main(argv=None):
     masks = {n: parallel.part(m, named_params[n]) for n, m in start.get('masks', {}).items() if n in trained}
     masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
     adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
-    if matrix_optimizer == 'muon':
-        optimizer = MuonAndAdamW({n: named_params[n] for n in trained}, optimizer_groups, adamw, weight_decay, muon_rate_ratio)
-    else:
-        optimizer = adamw(optimizer_groups(all_params, weight_decay))
+    optimizer = make_optimizer({n: named_params[n] for n in trained}, adamw, k)
     whole = bool(start.get('optimizer'))                                # a checkpoint of weights alone has none
     if resume and whole:
         parallel.load_optimizer(optimizer, start['optimizer'], parallel.parameters_of(optimizer))
@@ -279,7 +281,7 @@ def main(argv=None):
         print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
               f' {train_data.n_batches(batch_size, seed) * steps_per_chunk:,}')
     signals, started, last_saved, skipped = runs.StopSignals(), time.time(), time.time(), 0
-    state, paired, peaks = {}, {}, (learning_rate, procedure_learning_rate or learning_rate)
+    state, paired, grid, peaks = {}, {}, qat.Grid({}, {}), (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
         log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
         if alpha and procedure in ('drr', 'pmmp') or procedure == 'pmmp':
@@ -332,8 +334,8 @@ def main(argv=None):
         weights = {n: p if name == 'ckpt.sharded' else parallel.full(p) for n, p in raw_model.state_dict().items()}
         checkpoint = dict(model=weights, model_args=model_args(raw_model),
                           masks={n: view(m, named_params[n]) for n, m in masks.items()}, config=config,
-                          data=data_facts, parent=record.values['parent'], phase=phase['name'], drawn=drawn(),
-                          **counters)
+                          data=data_facts, grid=grid.codes, parent=record.values['parent'], phase=phase['name'],
+                          drawn=drawn(), **counters)
         if not weights_only:
             checkpoint.update(optimizer=parallel.optimizer_state(optimizer, parallel.parameters_of(optimizer), view),
                               scaler=scaler.state_dict(),
@@ -396,6 +398,12 @@ def main(argv=None):
             state = sparse.pmmp_state(params, alpha, initial_p_value, initial_u_value,
                                       partial(adamw, lr=peaks[1], weight_decay=0.0),
                                       start['procedure'] if resume and done else None)
+        if qat_bits and phase['name'] == 'fine_tuning':
+            rows = train_data.gather(batch_starts(order, seed, 0, 0, qat_rows, train_data.n_tokens, T), T)
+            grid = qat.Grid(named_params, start['grid'] if resume and done else
+                            qat.choose_codes(raw_model, qat_bits, *rows))
+            if bits_lambda:
+                edit, state = grid.pull, dict(bits_rate=bits_lambda * LN2 / train_data.n_tokens)
         if done == 0:
             counters.update(best_val=math.inf, nonzeros=count_nonzero())
         optimizers = [optimizer] + ([state['optimizer']] if 'optimizer' in state else [])
@@ -418,6 +426,7 @@ def main(argv=None):
             sums = torch.zeros(3, device=env.device)                # nats, stop?, checkpoint due?: one reduction a step
             sums[1] = float(bool(signals.received) or bool(max_runtime) and time.time() - started > max_runtime)
             sums[2] = float(env.main and bool(checkpoint_time) and time.time() - last_saved > checkpoint_time)
+            grid.round()
             for i in range(0, rows_per_rank, micro):
                 x, y = train_data.gather(mine[i:i + micro], T)
                 if dropout:
@@ -427,6 +436,7 @@ def main(argv=None):
                     loss = model_step(env.put(x), env.put(y))           # nats, summed over the rows
                 scaler.scale(loss * (env.world / n_scored)).backward()  # ranks are averaged: hence world
                 sums[0] += loss.detach()
+            grid.restore()
             parallel.take_gradients(all_params)
             scaler.unscale_(optimizer)
             if shard and scaler.is_enabled():                           # an inf of one rank's part is everybody's
@@ -496,7 +506,9 @@ def main(argv=None):
             if prunes_after(phase, done, k):
                 prune(phase)
             if done == phase['n_steps'] or eval_interval and step % eval_interval == 0:
+                grid.round()
                 counters['final_val_loss'] = validate(phase)
+                grid.restore()
             window[0] += time.time() - paused_at                        # tokens/s is of training alone
             if stop and step < n_steps:
                 save(phase)
@@ -506,7 +518,7 @@ def main(argv=None):
                 env.barrier()                                           # the first rank to go may end the others
                 env.close()
                 return runs.PAUSED
-            if save_due:
+            if save_due and step < n_steps:
                 save(phase)
                 last_saved = time.time()
         held_bytes = max(held_bytes, parallel.held_bytes(all_params + list(masks.values()), optimizers))
@@ -514,6 +526,7 @@ def main(argv=None):
 
     # the end: the checkpoint, then every number from sums over whole splits
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
+        grid.round()
         save(phases[-1])
     signals.then = lambda: (record.update(status='paused'), os._exit(runs.PAUSED))
     sizes = sparse.model_sizes(parallel.full(p, p) for p in named_params.values())

@@ -200,21 +200,35 @@ def scale_from(codes):
     return table[np.asarray(codes) - LOWEST_CODE]
 
 
-def quantise(folded, fisher, rate):
+def quantise(folded, fisher, rate, trained=None):
     """Round each row of each matrix, and each vector, to the step that `rate` = 1/N makes of its Fisher information.
 
-    folded, fisher: {name: float64 array}. Returns {name: (int32 array, codes)}; codes (rows,) or a scalar array.
+    folded, fisher: {name: float64 array}. trained: {name: codes} of matrices that were trained on a grid (qat.py), and
+    keep it. Returns {name: (int32 array, codes)}; codes (rows,) or a scalar array.
     """
-    out = {}
+    out, trained = {}, trained or {}
     for name, w in folded.items():
         own, f = w.ndim == 2, fisher[name]
         f = OWN_SHARE * f.mean(1) + (1 - OWN_SHARE) * f.mean() if own else f.mean()
         step = np.sqrt(12 * rate / np.maximum(f, 1e-14))
         limit = 2.0 ** (BUCKETS - 3)            # no integer may leave the buckets
-        codes = np.maximum(scale_code(step), scale_code(np.abs(w).max(1 if own else None) / limit) + 1)
+        codes = np.asarray(trained[name]) if name in trained else scale_code(step)
+        codes = np.maximum(codes, scale_code(np.abs(w).max(1 if own else None) / limit) + 1)
         s = scale_from(codes)
         out[name] = np.rint(w / (s[:, None] if own else s)).astype(np.int32), codes
     return out
+
+
+def quantise_to(folded, fisher, args, bits):
+    """Quantise at the rate that spends `bits` per non-zero weight; returns (tensors, their bytes)."""
+    budget = bits * sum(int(np.count_nonzero(w)) for w in folded.values())
+    low, high = -60.0, 10.0                         # log2 of the rate: more rate, fewer bits
+    for _ in range(14):
+        middle = (low + high) / 2
+        size = 8 * len(encode(quantise(folded, fisher, 2 ** middle), args))
+        low, high = (middle, high) if size > budget else (low, middle)
+    tensors = quantise(folded, fisher, 2 ** high)
+    return tensors, encode(tensors, args)
 
 
 def with_scales(tensors):

@@ -23,7 +23,7 @@ def small():
 
 
 def both(model, rate_ratio=2.0):
-    optimizer = muon.MuonAndAdamW(dict(model.named_parameters()), optimizer_groups, ADAMW, 0.1, rate_ratio)
+    optimizer = muon.MuonAndAdamW(dict(model.named_parameters()), ADAMW, 0.1, rate_ratio)
     for group in optimizer.param_groups:
         group['lr'] = 1e-2 * group.get('rate_ratio', 1.0)
     return optimizer
