@@ -112,7 +112,8 @@ def memory_by_part(model_config, k, n_ranks, wide):
     scoring = rows_per_forward(t) * t * (22 * c * wide + head)
     temporary = 8 * held if k.procedure in ('drr', 'pmmp') else 4 * held if k.procedure == 'rl1' else 0
     momentum_only = 12 * layers * c * c if getattr(k, 'matrix_optimizer', 'adamw') == 'muon' else 0
-    return dict(weights=4 * held, gradients=4 * held, optimizer=8 * held - 4 * momentum_only,
+    copies = 2 if getattr(k, 'qat_bits', 0) else 1              # rounded weights and those behind them
+    return dict(weights=4 * held * copies, gradients=4 * held, optimizer=8 * held - 4 * momentum_only,
                 procedure=48 * held if k.procedure == 'pmmp' else 0, masks=held if k.do_pruning else 0,
                 activations=max(tokens * ((kept + 14) * c * wide + head), scoring, temporary))
 

@@ -53,7 +53,7 @@ def test_check_passes_with_the_processes_of_the_launch_line(path, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     for world in {1, n_processes}:
         monkeypatch.setenv('WORLD_SIZE', str(world))
-        assert main([*(os.path.join(ROOT, a) if a == path else a for a in argv), '--check']) in (0, None)
+        assert main([*(os.path.join(ROOT, a) if a in CONFIGS else a for a in argv), '--check']) in (0, None)
     printed = capsys.readouterr().out
     for word in ('parameters', 'FLOPs per token', 'memory', "dataset = '", 'unknown: run prepare_'):
         assert word in printed
@@ -173,3 +173,35 @@ def test_the_published_settings_of_probes():
     assert (v['block_size'], v['batch_size'], v['max_iters'], v['warmup_iters'], v['schedule'],
             v['min_learning_rate_ratio'], v['weight_decay'], v['dtype'], v['mode'], v['spread']) == (
                 512, 128, 200_000, 500, 'linear', 0, 0, 'bfloat16', 'information', 'unroll')
+
+
+def test_the_fast_recipes_train_on_a_tenth_of_the_bytes():
+    """The twins of the seed's configs, and the small pair on which the recipe was found."""
+    from model import config_from_knobs, n_parameters
+
+    def epochs(v):
+        return v['epochs_prelude'] + v['epochs'] + v['epochs_fine_tuning']
+    for procedure in ('vanilla', 'pmmp'):
+        slow, fast = (values_of(f'wiki_16mb_{procedure}{end}.py', train) for end in ('', '_fast'))
+        assert epochs(fast) == pytest.approx(epochs(slow) / 10) and fast['procedure'] == slow['procedure']
+        assert (fast['dataset'], fast['train_only_on_leading_tokens']) == (
+            slow['dataset'], slow['train_only_on_leading_tokens'])
+        sizes = [n_parameters(config_from_knobs(v, 256)) for v in (slow, fast)]
+        assert sizes[1] <= sizes[0]
+    slow, published = (values_of(f'{name}.py', train) for name in ('fast_sample_seed', 'wiki_16mb_vanilla'))
+    assert epochs(slow) == pytest.approx(epochs(published) / 450) and slow['learning_rate'] == 1e-5
+    fast = values_of('fast_sample_base.py', train)
+    assert fast['train_only_on_leading_tokens'] * epochs(fast) < 1.03 * 1e6 * epochs(slow) / 10
+
+
+def test_the_arms_of_the_record_start_from_one_base_and_see_as_many_bytes():
+    """A duel in which one arm trains longer, or starts from another model, shows nothing."""
+    for size in ('2mb', '16mb'):
+        arms = [configurator.configure(dict(__file__=train.__file__, __doc__=''), [
+            os.path.join(ROOT, 'config', f'record_{size}_{name}.py') for name in ('base', arm)])
+            for arm in ('dense', 'pmmp', 'drr', 'rl1')]
+        own = {'out_dir', 'procedure', 'alpha', 'procedure_learning_rate', 'do_pruning', 'epochs', 'epochs_fine_tuning',
+               'qat_bits', 'bits_lambda'}
+        assert all({k for k in v if v[k] != arms[0][k]} <= own for v in arms)
+        assert len({v['epochs'] + v['epochs_fine_tuning'] for v in arms}) == 1
+        assert arms[0]['init_from'] == f'out/record_{size}_base' and arms[0]['qat_bits'] and not arms[1]['qat_bits']

@@ -109,7 +109,7 @@ def test_estimate_is_within_a_tenth_of_what_is_written():
 
 
 def test_the_archive_holds_the_model_that_was_trained(train_tiny, tmp_path, toy):
-    """Matrices decode to the checkpoint's, so with its vectors the loss is that of training; pruned weights stay zero."""
+    """Matrices decode to the checkpoint's, with its vectors the loss is that of training; pruned weights stay zero."""
     flags = ('--do_pruning', '--epochs=1', '--epochs_fine_tuning=1', '--tolerated_relative_loss_increase=0.05')
     assert train_tiny(*flags, *GRID) == 0
     run, archive = tmp_path / 'run', tmp_path / 'toy.mdl'

@@ -1,0 +1,14 @@
+# python train.py config/record_16mb_base.py config/record_16mb_drr.py
+# about 3 minutes on one H200-class GPU (estimated: 3.8e15 FLOPs at 20 TFLOP/s; not run). Needs: record_16mb_base.py
+# Sparse arm: drr, one pruning, fine-tuning under the mask; compress.py pack chooses the bits of what is left.
+out_dir = 'out/record_16mb_drr'
+init_from = 'out/record_16mb_base'
+procedure = 'drr'
+epochs = 5.0
+epochs_fine_tuning = 5.0       # together as many bytes as record_16mb_dense.py
+do_pruning = True
+matrix_optimizer = 'adamw'      # Muon would make of a small pull on each weight a large one on all
+learning_rate = 8e-4            # where the base ends
+warmup_iters = 20
+min_learning_rate_ratio = 0.02
+alpha = 4e-5

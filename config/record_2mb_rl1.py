@@ -1,0 +1,14 @@
+# python train.py config/record_2mb_base.py config/record_2mb_rl1.py
+# about 3 CPU-minutes on one core; compress.py pack about 4 more. Needs: record_2mb_base.py
+# Sparse arm: rl1, one pruning, fine-tuning under the mask; compress.py pack chooses the bits of what is left.
+out_dir = 'out/record_2mb_rl1'
+init_from = 'out/record_2mb_base'
+procedure = 'rl1'
+epochs = 0.5
+epochs_fine_tuning = 0.5       # together as many bytes as record_2mb_dense.py
+do_pruning = True
+matrix_optimizer = 'adamw'      # Muon would make of a small pull on each weight a large one on all
+learning_rate = 1.6e-3          # where the base ends
+warmup_iters = 20
+min_learning_rate_ratio = 0.02
+alpha = 1e-4
