@@ -1,12 +1,12 @@
 # python train.py config/record_2mb_base.py config/record_2mb_dense.py
 # about 3 CPU-minutes on one core; compress.py pack about 4 more. Needs: record_2mb_base.py
-# Dense arm: one epoch through 4-bit weights, each bit of them priced as a bit of data; compress.py pack writes them.
+# Dense arm: one epoch through 3-bit weights with a penalty on bits; compress.py pack writes them.
 out_dir = 'out/record_2mb_dense'
 init_from = 'out/record_2mb_base'
 epochs = 0.0
 epochs_fine_tuning = 1.0
-qat_bits = 4.0
-bits_lambda = 1.0
+qat_bits = 3.0
+bits_lambda = 8.0               # 1 would be the price; a run this short needs more pull to arrive anywhere (LOG)
 matrix_optimizer = 'adamw'      # Muon would make of a small pull on each weight a large one on all
 learning_rate = 1.6e-3          # where the base ends
 warmup_iters = 20
