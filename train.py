@@ -15,19 +15,9 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import plan
 from configurator import UserError, at_least, configure, one_of, require, run
-from plan import (
-    LN2,
-    batch_rules,
-    cut_phases,
-    matrix_rules,
-    optimizer_rules,
-    plan_phases,
-    print_plan,
-    prunes_after,
-    rate_at,
-    shard_rules,
-)
+from plan import LN2, rate_at
 
 # -----------------------------------------------------------------------------
 # run
@@ -154,10 +144,11 @@ def check_knobs(k, n_ranks):
             one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
             (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
             one_of('stop_when', stop_when, ('never', 'first_exhausted')),
-            one_of('loss_on', loss_on, ('text', 'text+markup')), *matrix_rules(k),
+            one_of('loss_on', loss_on, ('text', 'text+markup')),
             (not data_mix or order != 'random' and not online,
              f"data_mix = {data_mix!r} takes order = 'permuted' or 'sequential' and no --online"),
-            *batch_rules(k, n_ranks), *optimizer_rules(k), *shard_rules(k, check or 'RANK' in os.environ),
+            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k), *plan.matrix_rules(k),
+            *plan.shard_rules(k, check or 'RANK' in os.environ),
             *(at_least(name, getattr(k, name), 0) for name in from_zero),
             *(at_least(name, getattr(k, name), 1) for name in from_one),
             (prune_by != 'gamma' or procedure == 'pmmp', "prune_by = 'gamma' needs procedure = 'pmmp'"),
@@ -194,17 +185,17 @@ def main(argv=None):
     def plan_of(data):
         """Phases of a run on some training data; a mixture may end them where its first source is exhausted."""
         if not data_mix:
-            return plan_phases(n_blocks(n_blocks(data.n_tokens, T), batch_size), k)
+            return plan.plan_phases(n_blocks(n_blocks(data.n_tokens, T), batch_size), k)
         n_batches = data.n_batches(batch_size, seed)
-        phases = plan_phases(n_batches, k)
-        return phases if stop_when == 'never' else cut_phases(phases, n_batches * steps_per_chunk)
+        phases = plan.plan_phases(n_batches, k)
+        return phases if stop_when == 'never' else plan.cut_phases(phases, n_batches * steps_per_chunk)
     if check:
         try:
             train_data = open_split('train').head(train_only_on_leading_tokens)
         except UserError:
-            return print_plan(config, k, config_from_knobs(config, 256), n_ranks, 0)
-        return print_plan(config, k, config_from_knobs(config, train_data.vocab_size), n_ranks, train_data.n_tokens,
-                          plan_of(train_data))
+            return plan.print_plan(config, k, config_from_knobs(config, 256), n_ranks, 0)
+        return plan.print_plan(config, k, config_from_knobs(config, train_data.vocab_size), n_ranks,
+                               train_data.n_tokens, plan_of(train_data))
 
     # data, model and what they start from
     env = runs.Env(device, dtype)
@@ -503,7 +494,7 @@ def main(argv=None):
                 record.update(step=step, train_loss=mean, phase=phase['name'], train_tokens_per_second=round(speed))
                 window = [time.time(), 0, 0.0]
             paused_at = time.time()
-            if prunes_after(phase, done, k):
+            if plan.prunes_after(phase, done, k):
                 prune(phase)
             if done == phase['n_steps'] or eval_interval and step % eval_interval == 0:
                 grid.round()
