@@ -42,7 +42,7 @@ def matrix_rules(k):
             (not k.qat_bits or k.epochs_fine_tuning > 0, 'qat_bits needs epochs_fine_tuning > 0, which it begins with'),
             (not k.qat_bits or not k.shard, "qat_bits needs whole matrices on each rank: use shard = '' (DDP)"),
             (not k.qat_bits or k.block_type == 'attention' and not k.wrapper and k.final_norm and k.positions != 'none',
-             'qat_bits is for models that compress.py packs: attention, positions, a final norm, no wrapper'),
+             'qat_bits covers attention with positions and a final norm, and no wrapper; use 0'),
             (not k.bits_lambda or k.qat_bits > 0, f'bits_lambda = {k.bits_lambda} needs qat_bits > 0')]
 
 

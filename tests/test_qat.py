@@ -161,7 +161,7 @@ def test_resume_is_bit_exact(stop, train_tiny, tmp_path, monkeypatch):
     (('--qat_bits=4',), 'epochs_fine_tuning'), (('--bits_lambda=1',), 'needs qat_bits'),
     (('--qat_bits=40', '--epochs_fine_tuning=1'), 'expected 1 to 12'),
     (('--qat_bits=4', '--epochs_fine_tuning=1', '--shard=full'), 'whole matrices'),
-    (('--qat_bits=4', '--epochs_fine_tuning=1', '--block_type=mixer', '--positions=none'), 'that compress.py packs')])
+    (('--qat_bits=4', '--epochs_fine_tuning=1', '--block_type=mixer', '--positions=none'), 'covers attention')])
 def test_bad_settings_are_one_line(flags, words, train_tiny, monkeypatch):
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(UserError, match=words):
