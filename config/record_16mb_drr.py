@@ -1,6 +1,7 @@
 # python train.py config/record_16mb_base.py config/record_16mb_drr.py
 # about 3 minutes on one H200-class GPU (estimated: 3.8e15 FLOPs at 20 TFLOP/s; not run). Needs: record_16mb_base.py
-# Sparse arm: drr, one pruning, fine-tuning under the mask; compress.py pack chooses the bits of what is left.
+# Sparse arm: drr, one pruning, fine-tuning under the mask; compress.py pack chooses the bits of what is left, or
+# --qat_bits=5 --bits_lambda=1 trains them: the smallest archive of the duel (LOG).
 out_dir = 'out/record_16mb_drr'
 init_from = 'out/record_16mb_base'
 procedure = 'drr'
