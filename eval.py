@@ -40,7 +40,7 @@ max_tokens = 0                  # leading tokens of each split; 0 = the whole sp
 pairs = ''                      # sets of prepare_metadata.py, by commas: the same targets with and without metadata
 verify = False                  # check the SHA-256 of the data first
 block_size = 0                  # tokens a row scores; 0 = the checkpoint's own
-batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens
+batch_size = 0                  # rows per forward on each rank; 0 = about 16,384 tokens, 4,096 without GPU
 metrics = 'ce,ppl,bpb,hamming'  # columns: ce, ppl, bpb, hamming, information; random_tokens: again on random ids
 random_seed = 0                 # of these ids
 embedding_bits = 16             # of each number of the vector that a decoder is given, for embedding_nats

@@ -101,7 +101,7 @@ def memory_by_part(model_config, k, n_ranks, wide):
 
     Per token a block keeps 17 C for its backward (two norms' inputs and outputs, q, k, v, attention's output twice, 4 C
     before and after the activation), 6 C more with rotary positions; 14 C are in flight, 44 C more where a block is
-    recomputed; the head has three rows of V in float32. Scoring keeps nothing but has 22 C of 16,384 tokens in flight.
+    recomputed; the head has three rows of V in float32. Scoring keeps nothing but has 22 C of its tokens in flight.
     What is in flight was measured on a CPU (LOG). An edit's temporaries come when the activations have gone.
     """
     from model import n_parameters
