@@ -269,7 +269,7 @@ class Lanes:
         c = self.context.shape[1] - 1
         inputs = np.zeros((self.S, c + steps + 1), np.int64)
         inputs[:, :c + 1] = self.context
-        self.caches = self.caches or [self.model.cache(p.stop - p.start) for p in self.parts]
+        self.caches = self.caches or [self.model.cache() for _ in self.parts]
         for start, output, end in windows(c + 1, steps, self.model.W, self.kept):
             for cache in self.caches:
                 cache.length = 0

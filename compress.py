@@ -128,11 +128,16 @@ def choose_weights(model, checkpoint, ids, start_id, say):
     return tensors, section, x, position_bits
 
 
+def kept_values(args):
+    """Numbers per position, channel and layer that decoding keeps."""
+    return 1 + max(args.get('expansion', 0), args.get('block_type', 'attention') == 'attention')
+
+
 def choose_streams(n, position_bits, args, kept):
     """Streams whose starts without context cost about 1 % of n symbols' code; at most 256, and 4 GB of cache."""
     late = position_bits[min(kept, len(position_bits) // 2):].mean()
     start_bits = max(24.0, float((position_bits[:kept] - late).sum()))           # noisy; 14 measured on a 230k model
-    cache = 8 * args['block_size'] * args['n_embd'] * args['n_layer']
+    cache = 4 * kept_values(args) * args['block_size'] * args['n_embd'] * args['n_layer']
     return max(1, min(256, int(0.01 * n * late / start_bits), (4 << 30) // cache))
 
 
@@ -221,8 +226,9 @@ def load_model(head, sections):
     from model import ModelConfig
     args, n_streams = head['args'], head['streams']
     ModelConfig(**args)
-    n_weights = weights.count(args) if max(args['n_layer'], args['n_embd']) < 1 << 16 else math.inf
-    cache = 16 * n_streams * args['block_size'] * args['n_embd'] * args['n_layer']
+    small = max(args['n_layer'], args['n_embd'], args.get('expansion', 0)) < 1 << 16
+    n_weights = weights.count(args) if small else math.inf
+    cache = 8 * kept_values(args) * n_streams * args['block_size'] * args['n_embd'] * args['n_layer']
     if n_weights > 4096 * len(sections['wght']) + 1e6 or cache > MAX_CACHE_BYTES or not 0 < n_streams <= MAX_STREAMS:
         raise UserError(f'the header asks for {n_weights:,} weights, {cache:,} bytes of cache: more than it can need')
     if not 0 < head['keep'] <= args['block_size']:

@@ -24,7 +24,7 @@ from tables import ACTIVATION_ENTRIES, EXP_STEPS, activation_table, exp_table, r
 
 FREQUENCY_TOP = 1 << 24                         # frequency of the likeliest symbol; every symbol has at least 1
 SITES = {'attention': ('x1', 'a1', 'q', 'k', 'v', 'o', 'x2', 'a2', 'u', 'd'),       # per block; then x, a of the head
-         'mixer': ('x1', 'v', 'x2', 'a2', 'u', 'd'),                # v: what is mixed
+         'mixer': ('x1', 'v', 'x2', 'a2', 'u', 'd'),                # v: what is mixed; expanded: then 'vu', 'vd'
          'multihead_mixer': ('x1', 'a1', 'v', 'o', 'x2', 'a2', 'u', 'd')}
 WIDE_LIMIT = 1 << 20                            # clamp of activations whose matrix product runs in float64
 LIMB_LIMIT = 63 * 128 + 63                      # clamp of the others: two limbs of [-64, 63] in base 128 hold it
@@ -38,6 +38,7 @@ def tables_hash(args):
     """Hash of the tables a model of this shape uses: in the archive's header, so that other arithmetic is refused."""
     h = hashlib.sha256(exp_table(FREQUENCY_TOP, 1).tobytes() + activation_table(args['activation'], 8).tobytes())
     h.update(np.stack(rotation_table(min(64, args['block_size']), args['n_embd'] // args['n_head'])).tobytes())
+    h.update(activation_table('gelu', 8).tobytes() if args.get('expansion') else b'')
     return h.hexdigest()[:16]
 
 
@@ -81,8 +82,10 @@ def product_limit(q, wide):
 
 def sites_of(args):
     """Return (sites of a block, products of a block, sites of the head) for a model's args."""
-    kind = args.get('block_type', 'attention')
-    return SITES[kind], 3 if kind == 'mixer' else 5, 'xa' if args.get('final_norm', True) else 'a'
+    kind, expanded = args.get('block_type', 'attention'), bool(args.get('expansion'))
+    sites, at = SITES[kind], SITES[kind].index('v') + 1
+    sites = (*sites[:at], 'vu', 'vd', *sites[at:]) if expanded else sites
+    return sites, (3 if kind == 'mixer' else 5) + expanded, 'xa' if args.get('final_norm', True) else 'a'
 
 
 def triangles(q, n):
@@ -130,7 +133,7 @@ def check_covered(args):
     known = dict(positions=('sinusoidal', 'learned', 'rotary', 'none'), norm=('layernorm', 'rmsnorm'),
                  activation=('gelu', 'gelu_tanh', 'relu2'), block_type=tuple(SITES))
     plain = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'bias', 'qk_norm', 'dropout',
-             'final_norm'}
+             'final_norm', 'expansion'}
     strange = [f'{k} = {v!r}' for k, v in args.items() if (v not in known[k] if k in known else k not in plain)]
     if strange:
         raise UserError(f'the codec does not cover models with {", ".join(strange)}; exact.py says what it does')
@@ -150,7 +153,7 @@ class Exact:
         self.int8_exact = self.float32_exact and torch.int8 in known_answer(device)
         self.kind, self.C, self.n_layer = args.get('block_type', 'attention'), args['n_embd'], args['n_layer']
         self.H, self.W = 1 if self.kind == 'mixer' else args['n_head'], args['block_size']
-        self.D, self.position = self.C // self.H, None
+        self.D, self.position, self.expansion = self.C // self.H, None, args.get('expansion', 0)
         sites, wide = iter(sites), iter(wide)
         value = {n: q * s for n, (q, s) in tensors.items() if q.ndim == 1 or n in ('embed.weight', 'position.weight')}
         self.embed = self._put(value['embed.weight'])
@@ -188,7 +191,7 @@ class Exact:
                     scale=np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (len(q),)) / scale_in)
 
     def _block(self, i, tensors, value, sites, wide):
-        s = {k: scale_of(next(sites)) for k in SITES[self.kind]}
+        s = {k: scale_of(next(sites)) for k in sites_of(self.args)[0]}
         b, name, args = dict(s, i=i), f'blocks.{i}.', self.args
 
         def product(site, key, out):            # out (rows,): output units per real unit
@@ -196,6 +199,24 @@ class Exact:
             bias = value.get(f'{name}{key}.bias')
             p['m'] = self._put(p['scale'] * out, p['dtype'])
             p['b'] = None if bias is None else self._put(bias * out, p['dtype'])
+
+        def mixing(site, key, out, wide):       # as product, for the triangles of a mixer: G matrices (W, W)
+            (q, scale), bias = tensors[f'{name}mixer.{key}.weight'], value.get(f'{name}mixer.{key}.bias')
+            q, dtype = triangles(q, self.W), torch.float64 if wide else torch.float32
+            run = dtype if self.float32_exact else torch.float64
+            scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (len(q) * self.W // 2,))
+            scale = scale.reshape(len(q), -1)
+            scale = np.concatenate((scale, scale[:, ::-1]), 1)[:, :, None]
+            b[key] = dict(weight=self._put(q, run), run=run, dtype=dtype, m=self._put(scale / s[site] * out, dtype),
+                          limit=product_limit(q.reshape(-1, self.W), wide),
+                          b=None if bias is None else self._put((bias * out).reshape(len(q), -1, 1), dtype))
+
+        def lookup(kind, site_in, site_out, key):
+            """Let what is added before key's input hold half a table; return the table in units of that input."""
+            p, half = b[key[0]], ACTIVATION_ENTRIES / 2 + 0.5
+            p['b'] = torch.tensor(half, dtype=p['dtype'], device=self.device) if p['b'] is None else p['b'] + half
+            table = activation_table(kind, int(math.log2(s[site_in]))).astype(np.float64) * (s[site_out] / 2 ** 32)
+            return self._put(np.rint(table).clip(-b[key[1]]['limit'], b[key[1]]['limit']), b[key[1]]['dtype'])
 
         if self.kind == 'attention':
             qk = [NORM_SCALE] * 2 if args['qk_norm'] else [s['q'], s['k']]
@@ -219,22 +240,16 @@ class Exact:
             product('o', 'attention.proj', 1.0)
             b['o_step'] = float(np.float32(s['o'] / (s['v'] * b['total'])))
         else:
-            (q, scale), out = tensors[f'{name}mixer.mix.weight'], s.get('o', 1.0)
-            q, bias = triangles(q, self.W), value.get(f'{name}mixer.mix.bias')
-            scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (self.H * self.W // 2,))
-            scale = np.concatenate((scale.reshape(self.H, -1), scale.reshape(self.H, -1)[:, ::-1]), 1)
-            b['limit_v'], b['mix'] = product_limit(q.reshape(-1, self.W), b['wide']), self._put(q, b['run'])
-            b['mix_m'] = self._put((scale / s['v'] * out)[:, :, None], b['dtype'])
-            b['mix_b'] = None if bias is None else self._put((bias * out).reshape(self.H, -1, 1), b['dtype'])
+            out = s.get('o', 1.0)
+            mixing('v', 'mix', s['vu'] if self.expansion else out, b['wide'])
+            if self.expansion:
+                mixing('vd', 'mix_down', out, next(wide))
+                b['mix_table'] = lookup('gelu', 'vu', 'vd', ('mix', 'mix_down'))
             if self.kind == 'multihead_mixer':
                 product('o', 'mixer.proj', 1.0)
         product('a2', 'feed_forward.up', s['u'])
-        up, down = b['feed_forward.up'], 'feed_forward.down'
-        half = torch.tensor(ACTIVATION_ENTRIES / 2 + 0.5, dtype=up['dtype'], device=self.device)
-        up['b'] = half if up['b'] is None else up['b'] + half
-        product('d', down, 1.0)
-        table = activation_table(args['activation'], int(math.log2(s['u']))).astype(np.float64) * (s['d'] / 2 ** 32)
-        b['table'] = self._put(np.rint(table).clip(-b[down]['limit'], b[down]['limit']), b[down]['dtype'])
+        product('d', 'feed_forward.down', 1.0)
+        b['table'] = lookup(args['activation'], 'u', 'd', ('feed_forward.up', 'feed_forward.down'))
         return b
 
     # --- pieces ---
@@ -281,6 +296,15 @@ class Exact:
         y = self._matmul(a, p).mul_(p['m'])
         return y if p['b'] is None else y.add_(p['b'])
 
+    def _activate(self, z, b, table, sites, key):
+        """The activation of z, in units of the first site and half a table up, as integers that enter b[key]."""
+        if self.observe:
+            self._fit(z - ACTIVATION_ENTRIES / 2, ACTIVATION_ENTRIES / 2, b[sites[0]], f'{b["i"]}.{sites[0]}')
+        a = table.index_select(0, z.clamp_(0, ACTIVATION_ENTRIES - 1).to(torch.int32).view(-1)).view(z.shape)
+        if self.observe:
+            self._fit(a.clone(), b[key]['limit'], b[sites[1]], f'{b["i"]}.{sites[1]}')
+        return a
+
     def _query_key(self, z, b, k, start):
         """QK-norm, rotary positions, rounding; z (B, H, T, D) in units of site k."""
         if self.args['qk_norm']:
@@ -312,9 +336,9 @@ class Exact:
 
     # --- the model ---
 
-    def cache(self, n_rows):
-        """Empty keys and values for n_rows rows of W positions, float32 where attention is exact in it."""
-        return Cache(self.blocks, (n_rows, self.H, self.W, self.D), self.device)
+    def cache(self):
+        """Room for what later positions need of W positions of some rows, which stay the same from call to call."""
+        return Cache(self.W)
 
     @torch.inference_mode()
     def forward(self, tokens, cache=None, last=0):
@@ -330,12 +354,7 @@ class Exact:
             n = last if last and b is self.blocks[-1] else tokens.size(1)
             x = (self._attention if self.kind == 'attention' else self._mix)(x, b, cache, start, n)
             z = self._normalised_product(x, b['x2'], b['a2'], b, ('x2', 'a2'), 'feed_forward.up')
-            if self.observe:
-                self._fit(z - ACTIVATION_ENTRIES / 2, ACTIVATION_ENTRIES / 2, b['u'], f'{b["i"]}.u')
-            index = z.clamp_(0, ACTIVATION_ENTRIES - 1).to(torch.int32)
-            a = b['table'].index_select(0, index.view(-1)).view(z.shape)
-            if self.observe:
-                self._fit(a.clone(), b['feed_forward.down']['limit'], b['d'], f'{b["i"]}.d')
+            a = self._activate(z, b, b['table'], ('u', 'd'), 'feed_forward.down')
             x = self._add(x, a, b['feed_forward.down'])
         if cache:
             cache.length = stop
@@ -354,8 +373,8 @@ class Exact:
         q = self._query_key(q[:, :, -n:], b, 'q', stop - n)
         k = self._query_key(k, b, 'k', start).transpose(2, 3)
         v = self._fit(v.to(b['dtype'], copy=True), b['limit_v'], b['v'], f'{b["i"]}.v').to(b['run'])
-        if cache:
-            k, v = cache.extend(b['i'], k, v, start, stop)
+        if cache:                               # positions of keys are last: faster
+            k, v = cache.extend((b['i'], 'k'), k, 3, start), cache.extend((b['i'], 'v'), v, 2, start)
         x, p = x[:, -n:], b['attention.proj']
         y = self._attend(q, k, v, b).transpose(1, 2).reshape(x.shape)
         return self._add(x, self._fit(y.mul_(b['o_step']), p['limit'], b['o'], f'{b["i"]}.o'), p)
@@ -369,18 +388,28 @@ class Exact:
             v = v if b['shift'] is None else v + b['shift']
         else:
             v = self._normalised_product(x, b['x1'], b['a1'], b, ('x1', 'a1'), 'mixer.heads')
-        v = v.view(*x.shape[:2], self.H, self.D).transpose(1, 2)                                # (B, H, T, D)
-        v = self._fit(v.to(b['dtype'], copy=True), b['limit_v'], b['v'], f'{b["i"]}.v').to(b['run'])
-        if cache:
-            v = cache.extend(b['i'], None, v, start, stop)[1]
-        x, y = x[:, -n:], torch.matmul(b['mix'][:, stop - n:stop, :stop], v).to(b['dtype'])
-        y = y.mul_(b['mix_m'][:, stop - n:stop])
-        y = y if b['mix_b'] is None else y.add_(b['mix_b'][:, stop - n:stop])
-        y = y.transpose(1, 2).reshape(x.shape)
+        v = v.view(*x.shape[:2], self.H, self.D).permute(2, 1, 0, 3).reshape(self.H, x.size(1), -1)     # (H, T, B·D)
+        v = self._fit(v.to(b['dtype'], copy=True), b['mix']['limit'], b['v'], f'{b["i"]}.v').to(b['mix']['run'])
+        v = cache.extend((b['i'], 'v'), v, 1, start) if cache else v
+        if self.expansion:
+            z = self._mixed(v, b['mix'], start, stop)                                           # (H·e, T, B·D)
+            g = self._activate(z, b, b['mix_table'], ('vu', 'vd'), 'mix_down').to(b['mix_down']['run'])
+            g = cache.extend((b['i'], 'g'), g, 1, start) if cache else g
+            parts = self._mixed(g, b['mix_down'], stop - n, stop).view(self.H, self.expansion, n, -1).unbind(1)
+            y = functools.reduce(torch.add, parts)          # one by one: a sum's order would be torch's own
+        else:
+            y = self._mixed(v, b['mix'], stop - n, stop)
+        x, y = x[:, -n:], y.view(self.H, n, -1, self.D).permute(2, 1, 0, 3).reshape(len(x), n, -1)
         if self.kind == 'mixer':
             return x + y.double()
         p = b['mixer.proj']
         return self._add(x, self._fit(y, p['limit'], b['o'], f'{b["i"]}.o'), p)
+
+    def _mixed(self, v, p, first, stop):
+        """Positions first to stop of the mixtures (G, n, B·D) of integers v (H, stop, B·D), G/H of each head."""
+        w = p['weight'].view(len(v), -1, self.W, self.W)[:, :, first:stop, :stop].flatten(1, 2)
+        y = torch.bmm(w, v).to(p['dtype']).view(len(p['weight']), stop - first, -1).mul_(p['m'][:, first:stop])
+        return y if p['b'] is None else y.add_(p['b'] if p['b'].ndim == 0 else p['b'][:, first:stop])
 
     def _add(self, x, a, p):
         y = self._matmul(a, p).mul_(p['m'])
@@ -395,23 +424,20 @@ class Exact:
 
 
 class Cache:
-    """Keys (B, H, D, W) and values (B, H, W, D) of the positions so far, a pair per block; W last is fastest.
+    """What the positions so far left for later ones, a tensor for W positions per block and kind, made when first used.
 
-    Of a mixer the inputs of its matrices are the values, and there are no keys.
+    Of attention keys (B, H, D, W) and values (B, H, W, D); of a mixer the inputs (G, W, B·D) of its matrices.
     """
 
-    def __init__(self, blocks, shape, device):
-        self.values = [torch.empty(shape, dtype=b['run'], device=device) for b in blocks]
-        self.keys = [torch.empty_like(v).view(shape[0], shape[1], shape[3], shape[2]) if 'exp' in b else None
-                     for b, v in zip(blocks, self.values)]
-        self.length = 0
+    def __init__(self, size):
+        self.size, self.length, self.stored = size, 0, {}
 
-    def extend(self, i, k, v, start, stop):
-        self.values[i][:, :, start:stop] = v
-        if k is not None:
-            self.keys[i][..., start:stop] = k
-            k = self.keys[i][..., :stop]
-        return k, self.values[i][:, :, :stop]
+    def extend(self, key, x, axis, start):
+        """Store x, whose positions lie along axis and begin at start; return all up to its last."""
+        if key not in self.stored:
+            self.stored[key] = x.new_empty([self.size if i == axis else n for i, n in enumerate(x.shape)])
+        self.stored[key].narrow(axis, start, x.size(axis)).copy_(x)
+        return self.stored[key].narrow(axis, 0, start + x.size(axis))
 
 
 # --- from a trained model ---

@@ -315,7 +315,7 @@ class Decoder(Session):
         if self.stored is not None:
             self.history[:, first + 1:stop + 1] = self.stored[:, first - self.first:stop - self.first]
             return
-        cache = model.cache(self.S)
+        cache = model.cache()
         for i in range(first, stop):
             hidden = model.forward(self.inputs(start if i == first else i, i + 1), cache, last=1)
             f = self.in_order(model.frequencies(hidden[:, 0]), i + 1)

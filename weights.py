@@ -45,11 +45,11 @@ def shapes(args):
     """Return {name: shape} of the folded weights of a model, in the order they are coded."""
     c, v, d = args['n_embd'], args['vocab_size'], args['n_embd'] // args['n_head']
     kind, n = args.get('block_type', 'attention'), args['block_size']
-    mixed = args['n_head'] if kind == 'multihead_mixer' else 1                  # triangles, folded
+    mixed = (args['n_head'] if kind == 'multihead_mixer' else 1) * max(1, args.get('expansion', 0))
+    mix = {f'mixer.{key}': (mixed * n // 2, n + 1) for key in ('mix', 'mix_down')[:1 + bool(args.get('expansion'))]}
     matrices = {'attention.qkv': (3 * c, c), 'attention.proj': (c, c)} if kind == 'attention' else {
-        'mixer.heads': (c, c), 'mixer.mix': (mixed * n // 2, n + 1), 'mixer.proj': (c, c)}
-    if kind == 'mixer':
-        matrices = {'mixer.mix': matrices['mixer.mix']}
+        'mixer.heads': (c, c), **mix, 'mixer.proj': (c, c)}         # triangles are folded
+    matrices = dict(mix) if kind == 'mixer' else matrices
     matrices.update({'feed_forward.up': (4 * c, c), 'feed_forward.down': (c, 4 * c)})
     out = {'embed.weight': (v, c)}
     if args['positions'] == 'learned':
@@ -60,7 +60,7 @@ def shapes(args):
         out['head.weight'] = (v, c)
     for i in range(args['n_layer']):
         if args['bias']:
-            out.update({f'blocks.{i}.{key}.bias': (mixed * n if key == 'mixer.mix' else shape[0],)
+            out.update({f'blocks.{i}.{key}.bias': (mixed * n if key in mix else shape[0],)
                         for key, shape in matrices.items()})
         if args['qk_norm'] and kind == 'attention':
             out[f'blocks.{i}.attention.q_norm.weight'] = out[f'blocks.{i}.attention.k_norm.weight'] = (d,)
@@ -73,7 +73,7 @@ def shapes(args):
 
 
 def count(args):
-    return sum(int(np.prod(shape)) for shape in shapes(args).values())
+    return sum(math.prod(shape) for shape in shapes(args).values())
 
 
 # --- from a trained model ---
@@ -127,7 +127,7 @@ def reference_sites(args):
     """Sites for the first look at a model: everything in float64 with wide ranges; returns (codes, wide flags)."""
     bits, (sites, n_products, last) = norm_bits(args['n_embd']), sites_of(args)
     codes = dict(x1=4 * (bits - 13), a1=48, q=40, k=40, v=40, o=40, x2=4 * (bits - 13), a2=48, u=24, d=40)
-    codes.update(x=codes['x1'], a=codes['a1'])
+    codes.update(x=codes['x1'], a=codes['a1'], vu=codes['u'], vd=codes['d'])
     return [codes[s] for s in [*sites * args['n_layer'], *last]], [1] * (n_products * args['n_layer'] + 1)
 
 
@@ -153,13 +153,13 @@ def choose_sites(args, tensors, seen, all_wide=False):
             largest = 1.25 * seen[site][0] + 1e-9
             if s in ('x1', 'x2'):
                 codes.append(code_below(2 ** bits / (4 * largest)))
-            elif s == 'u':
+            elif s in ('u', 'vu'):
                 codes.append(4 * max(-4, min(9, math.floor(math.log2(ACTIVATION_ENTRIES / 2 / largest)))))
             elif s in matrix:
                 product(site, tensors[f'blocks.{i}.{matrix[s]}.weight'][0])
             elif not attention:
-                product(site, triangles(tensors[f'blocks.{i}.mixer.mix.weight'][0], args['block_size']).reshape(
-                    -1, args['block_size']))
+                key, n = 'mix' if s == 'v' else 'mix_down', args['block_size']
+                product(site, triangles(tensors[f'blocks.{i}.mixer.{key}.weight'][0], n).reshape(-1, n))
             else:
                 if s == 'q':
                     wide.append(int(all_wide))

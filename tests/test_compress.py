@@ -115,9 +115,10 @@ def test_fresh_processes_with_other_settings(folder, tmp_path):
 
 @pytest.mark.parametrize('options', [
     dict(block_type='mixer', positions='none', final_norm=False), dict(block_type='multihead_mixer', positions='none'),
-    dict(block_type='mixer', n_layer=2, norm='rmsnorm')], ids=str)
+    dict(block_type='mixer', n_layer=2, norm='rmsnorm'),
+    dict(block_type='multihead_mixer', positions='none', final_norm=False, expansion=2)], ids=str)
 def test_mixers_are_packed(tmp_path, options):
-    """Flat and with heads, pruned: the text comes back with other streams at once, and is small."""
+    """Flat, with heads and expanded, pruned: the text comes back with other streams at once, and is small."""
     trained(str(tmp_path / 'ckpt.pt'), make_text(20000), **options)
     checkpoint = load_checkpoint(str(tmp_path / 'ckpt.pt'))
     for name, w in checkpoint['model'].items():
@@ -132,10 +133,10 @@ def test_mixers_are_packed(tmp_path, options):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(kernel=3), 'kernel = 3'), (dict(expansion=1), 'expansion = 1'),
+    (dict(kernel=3), 'kernel = 3'), (dict(wrapper='oracle'), "wrapper = 'oracle'"),
     (dict(wrapper='memory', chunk_size=8), "wrapper = 'memory', chunk_size = 8")])
 def test_what_is_not_packed(tmp_path, options, message):
-    """Wider kernels, expanded mixers and models with an encoder: one line, no archive."""
+    """Wider kernels and models with an encoder: one line, no archive."""
     model = make(ModelConfig(block_size=32, n_layer=1, n_embd=32, block_type='mixer', positions='none', **options))
     save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={},

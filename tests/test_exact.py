@@ -21,6 +21,9 @@ SHAPES = [
     dict(block_type='mixer', positions='learned', norm='rmsnorm', bias=False, tied=True),
     dict(block_type='multihead_mixer', positions='none', final_norm=False, n_head=4),
     dict(block_type='multihead_mixer', norm='rmsnorm', activation='relu2'),
+    dict(block_type='mixer', positions='none', expansion=3),
+    dict(block_type='multihead_mixer', positions='none', activation='relu2', expansion=2),
+    dict(block_type='multihead_mixer', norm='rmsnorm', bias=False, final_norm=False, expansion=1),
 ]
 
 
@@ -110,7 +113,7 @@ def test_same_integers_however_it_is_run(options):
     assert torch.equal(torch.cat([e.frequencies(e.forward(row)) for row in x.split(1)]), want)
     assert torch.equal(e.frequencies(e.forward(x[:, :7])), want[:, :7])
     assert torch.equal(e.frequencies(e.forward(x, last=5)), want[:, -5:])
-    cache, steps = e.cache(5), []
+    cache, steps = e.cache(), []
     for part in (slice(0, 20), *(slice(t, t + 1) for t in range(20, 40)), slice(40, 48)):
         steps.append(e.frequencies(e.forward(x[:, part], cache)))
     assert torch.equal(torch.cat(steps, 1), want)
@@ -144,7 +147,9 @@ def test_attention_in_pieces(monkeypatch):
     assert torch.equal(e.forward(x), want)
 
 
-@pytest.mark.parametrize('options', [dict(), dict(block_type='mixer'), dict(block_type='multihead_mixer')], ids=str)
+@pytest.mark.parametrize('options', [
+    dict(), dict(block_type='mixer'), dict(block_type='multihead_mixer'),
+    dict(block_type='mixer', expansion=2)], ids=str)
 def test_outlier_channel(options):
     """A residual channel at 4,000 stays exact (stepwise = parallel) and near the float model."""
     model = tiny(**options)
@@ -156,9 +161,21 @@ def test_outlier_channel(options):
     with torch.no_grad():
         expected = float(model(torch.from_numpy(x), torch.from_numpy(y))) / math.log(2)
     assert abs(exact.code_length_bits(e, x, y) / expected - 1) < 0.01
-    cache, x = e.cache(4), torch.from_numpy(x)
+    cache, x = e.cache(), torch.from_numpy(x)
     steps = torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1)
     assert torch.equal(steps, e.forward(x))
+
+
+@pytest.mark.parametrize('expansion', [0, 2])
+def test_a_mixing_is_the_float_models(expansion):
+    """Every head, hidden value and bias of one mixer in its own place: states after it to 12 bits."""
+    model = tiny(block_type='multihead_mixer', positions='none', expansion=expansion, n_layer=1)
+    e, x = build(model, 30000), torch.from_numpy(rows(3, 48)[:, :-1])
+    with torch.no_grad():
+        h = model.embed(x)
+        want = h + model.blocks[0].mixer(model.blocks[0].norm1(h))
+    got = e._mix(e.embed[x], e.blocks[0], None, 0, 48)
+    assert float((got - want).abs().max()) < 2 ** -9 * float((want - h).abs().max())
 
 
 def test_triangles_are_those_of_the_mixer():
@@ -189,7 +206,7 @@ def test_extreme_activations_stay_exact():
     codes, wide = weights.fit_sites(args, tensors, rows(4, 48)[:, :-1])
     e = exact.Exact(args, tensors, [c + 12 for c in codes], wide)
     x = torch.from_numpy(rows(3, 48)[:, :-1])
-    cache = e.cache(3)
+    cache = e.cache()
     steps = torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1)
     assert torch.equal(steps, e.forward(x))
 
