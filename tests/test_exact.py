@@ -200,15 +200,27 @@ def test_bounds_are_proven_from_the_weights():
         assert width * (2 * (1 << exact.norm_bits(width))) ** 2 <= 1 << 53
 
 
-def test_extreme_activations_stay_exact():
-    """Sites far too fine drive every activation into its clamp: stepwise and parallel still agree."""
-    args, tensors = integers(tiny())
+@pytest.mark.parametrize('levels', [30, 30000])
+def test_bounds_of_mixings(levels):
+    """No sum of a mixer's weights times the clamp of what they mix reaches 2^24, or 2^53 when wide."""
+    for b in build(tiny(block_type='multihead_mixer', expansion=2), levels).blocks:
+        for p in (b['mix'], b['mix_down']):
+            top = 1 << {torch.float32: 24, torch.float64: 53}[p['dtype']]
+            assert 1 < p['limit'] and int(p['weight'].double().abs().sum(-1).max()) * p['limit'] < top
+            assert bool((p['weight'].triu(1) == 0).all())
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(block_type='mixer', expansion=2), dict(block_type='multihead_mixer')], ids=str)
+def test_extreme_activations_stay_exact(options):
+    """Sites far too fine drive every activation into its clamp: stepwise, parallel and float64 still agree."""
+    args, tensors = integers(tiny(**options))
     codes, wide = weights.fit_sites(args, tensors, rows(4, 48)[:, :-1])
-    e = exact.Exact(args, tensors, [c + 12 for c in codes], wide)
+    e, double = (exact.Exact(args, tensors, [c + 12 for c in codes], wide, float64_only=f) for f in (False, True))
     x = torch.from_numpy(rows(3, 48)[:, :-1])
-    cache = e.cache()
-    steps = torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1)
-    assert torch.equal(steps, e.forward(x))
+    cache, want = e.cache(), e.forward(x)
+    assert torch.equal(torch.cat([e.forward(x[:, t:t + 1], cache) for t in range(48)], 1), want)
+    assert torch.equal(double.forward(x).float(), want.float())
 
 
 def test_known_answer_falls_back(monkeypatch):
