@@ -42,6 +42,7 @@ online_n_layer = 4
 online_n_embd = 128
 online_n_head = 4
 online_window = 256             # bytes of context
+online_block_type = 'attention' # or 'mixer', 'multihead_mixer'
 online_streams = 32             # parts of the file coded side by side
 online_block = 64               # bytes of each stream between two rounds of updates
 online_updates = 16             # training steps after each whole block

@@ -41,7 +41,9 @@ def settings_of(knobs, n_bytes):
     """The part of the knobs that an archive's content depends on."""
     k = {n[7:]: v for n, v in knobs.items() if n.startswith('online_')}
     size = dict(block_size=k.pop('window'), n_layer=k.pop('n_layer'), n_head=k.pop('n_head'), n_embd=k.pop('n_embd'))
-    config = ModelConfig(**size, positions='rotary', norm='rmsnorm', activation='relu2', bias=False, qk_norm=True)
+    kind = k.pop('block_type')
+    config = ModelConfig(**size, positions='rotary' if kind == 'attention' else 'none', norm='rmsnorm',
+                         activation='relu2', bias=False, qk_norm=kind == 'attention', block_type=kind)
     k['streams'] = min(k['streams'], 1 + n_bytes // 1024)
     return dict(k, args=vars(config), bytes=n_bytes)
 
@@ -84,8 +86,8 @@ class Learner:
         self.params = [list(m.parameters()) for m in self.models]
         self.spread()
         main = self.models[0]
-        self.matrices = [p for n, p in main.named_parameters() if p.dim() == 2 and n.startswith('blocks.')]
-        rest = [p for n, p in main.named_parameters() if not (p.dim() == 2 and n.startswith('blocks.'))]
+        muon = {n: p.dim() == 2 and n.startswith('blocks.') and '.mix.' not in n for n, p in main.named_parameters()}
+        self.matrices, rest = ([p for n, p in main.named_parameters() if muon[n] == k] for k in (True, False))
         self.momentum = [torch.zeros_like(p) for p in self.matrices]
         self.adam = torch.optim.Adam(rest, lr=settings['learning_rate'], betas=(0.9, 0.99), foreach=True)
         self.pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))

@@ -353,6 +353,20 @@ def test_online_round_trip(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('block_type', ['mixer', 'multihead_mixer'])
+def test_mixers_learn_online(tmp_path, block_type):
+    """Mixers learn while they code as well; a window they cannot have is one line."""
+    text, flags = make_text(8000), ('--no-verify', *ONLINE, '--online_updates=3', f'--online_block_type={block_type}')
+    (tmp_path / 'text').write_bytes(text)
+    assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), *flags]) == 0
+    assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
+    _, head, table, *_ = sections_of(tmp_path / 'arc')
+    assert head['settings']['args']['block_type'] == block_type
+    assert table[0][0] == archive.CODED and table[0][2] < 0.7 * len(text)
+    with pytest.raises(UserError, match='block_size = 33, a mixer\'s must be even'):
+        compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'odd'), *flags, '--online_window=33'])
+
+
 @pytest.mark.parametrize('raw', [b'', b'x', random.Random(3).randbytes(3001)], ids=['empty', 'one', 'noise'])
 def test_online_edge_cases(tmp_path, raw):
     (tmp_path / 'text').write_bytes(raw)
