@@ -115,8 +115,9 @@ def memory_by_part(model_config, k, n_ranks, wide):
     temporary = 8 * held if k.procedure in ('drr', 'pmmp') else 4 * held if k.procedure == 'rl1' else 0
     momentum_only = 12 * layers * c * c if getattr(k, 'matrix_optimizer', 'adamw') == 'muon' else 0
     copies = 2 if getattr(k, 'qat_bits', 0) else 1              # rounded weights and those behind them
+    procedure = 0 if k.procedure != 'pmmp' else 8 if k.pmmp_state == 'lean' else 48
     return dict(weights=4 * held * copies, gradients=4 * held, optimizer=8 * held - 4 * momentum_only,
-                procedure=48 * held if k.procedure == 'pmmp' else 0, masks=held if k.do_pruning else 0,
+                procedure=procedure * held, masks=held if k.do_pruning else 0,
                 activations=max(tokens * ((kept + 14) * c * wide + head), scoring, temporary))
 
 

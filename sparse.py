@@ -120,6 +120,8 @@ def pmmp_edit(theta, grad, state):
     sign of u.grad (Barth & von Petersenn 2025, arXiv 2505.17469). ∂w and ∂γ stand as 2uγ(w - θ) and uw(w - 2θ) + alpha:
     the same polynomials with fewer cancelling terms.
     """
+    if 'w' not in state:
+        return _pmmp_lean_edit(theta, grad, state)
     w, gamma, u = state['w'], state['gamma'], state['u']
     grad_w, grad_gamma, grad_u = state['grads']
     w_gamma = torch._foreach_mul(w, gamma)
@@ -142,6 +144,38 @@ def pmmp_edit(theta, grad, state):
     torch._foreach_neg_(grad_u)
 
 
+def _pmmp_lean_edit(theta, grad, state):
+    """The same with w at its minimum, which is θ: the objective is alpha·γ + u·θ²(1 - γ)."""
+    pull = torch._foreach_neg(state['gamma'])
+    torch._foreach_add_(pull, 1.0)
+    torch._foreach_mul_(pull, theta)                                    # θ(1 - γ)
+    torch._foreach_addcmul_(grad, state['u'], pull, value=2.0)
+    torch._foreach_mul_(pull, theta)
+    torch._foreach_neg_(pull)                                           # -θ²(1 - γ), the gradient of u
+    grad_gamma = torch._foreach_mul(theta, theta)
+    torch._foreach_mul_(grad_gamma, state['u'])
+    torch._foreach_neg_(grad_gamma)
+    torch._foreach_add_(grad_gamma, state['alpha'])                     # alpha - uθ²
+    for tensors, grads in ((state['gamma'], grad_gamma), (state['u'], pull)):
+        for t, g in zip(tensors, grads):
+            t.grad = g
+
+
+class SignStep(torch.optim.Optimizer):
+    """θ -= lr·sign(gradient), without state: what Adam comes to where a gradient keeps its sign. Frees the gradient."""
+
+    def __init__(self, params, lr=0.0):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            grads = [p.grad for p in group['params']]
+            torch._foreach_sign_(grads)
+            torch._foreach_add_(group['params'], grads, alpha=-group['lr'])
+        self.zero_grad()
+
+
 @torch.no_grad()
 def pmmp_project(state):
     """Keep γ in [0, 1]."""
@@ -162,35 +196,47 @@ PROCEDURES = {'vanilla': (no_edit, no_project), 'rl1': (rl1_edit, no_project), '
 
 
 @torch.no_grad()
-def pmmp_state(params, alpha, initial_p, initial_u, make_optimizer, saved=None):
+def pmmp_state(params, alpha, initial_p, initial_u, make_optimizer, saved=None, lean=False):
     """Start w at θ, γ at initial_p, u at initial_u, or restore them; call it at the start of the main phase.
 
     params {name: parameter or this rank's part of it}, the same on all ranks. make_optimizer(tensors) gives the
-    optimiser of w, γ and u; saved is what pmmp_saved returned.
+    optimiser of w, γ and u; saved is what pmmp_saved returned. lean: without w, which is θ, and with sign steps.
     """
-    state = dict(alpha=alpha, names=list(params), w=[p.detach().clone() for p in params.values()],
-                 gamma=[torch.full_like(p, initial_p) for p in params.values()], theta=list(params.values()),
-                 u=[torch.full_like(p, initial_u) for p in params.values()])
-    for key in ('w', 'gamma', 'u'):
+    begin = dict(w=lambda p: p.detach().clone(), gamma=lambda p: torch.full_like(p, initial_p),
+                 u=lambda p: torch.full_like(p, initial_u))
+    keys = ('gamma', 'u') if lean else ('w', 'gamma', 'u')
+    state = dict({key: [begin[key](p) for p in params.values()] for key in keys}, alpha=alpha, keys=keys,
+                 names=list(params), theta=list(params.values()))
+    for key in keys:
         for name, tensor in zip(state['names'], state[key], strict=True):
             if saved:
                 tensor.copy_(part(saved[key][name], params[name]))
-            tensor.grad = torch.zeros_like(tensor)
-    state['grads'] = [[t.grad for t in state[key]] for key in ('w', 'gamma', 'u')]
-    state['optimizer'] = make_optimizer(state['w'] + state['gamma'] + state['u'])
+            tensor.grad = None if lean else torch.zeros_like(tensor)
+    state['grads'] = [[t.grad for t in state[key]] for key in keys]
+    state['optimizer'] = (SignStep if lean else make_optimizer)([t for key in keys for t in state[key]])
     if saved:
-        load_optimizer(state['optimizer'], saved['optimizer'], 3 * state['theta'])
+        load_optimizer(state['optimizer'], saved['optimizer'], len(keys) * state['theta'])
     return state
 
 
 def pmmp_saved(state, view):
-    """What a checkpoint keeps of PMMP's state: w, γ and u by parameter name, and their optimiser.
+    """What a checkpoint keeps of PMMP's state: (w,) γ and u by parameter name, and their optimiser.
 
     view(tensor, like) makes of a rank's part what is to be saved: parallel.full or parallel.as_whole.
     """
     named = {key: {n: view(t.detach(), like) for n, t, like in zip(state['names'], state[key], state['theta'])}
-             for key in ('w', 'gamma', 'u')}
-    return dict(named, optimizer=optimizer_state(state['optimizer'], 3 * state['theta'], view))
+             for key in state['keys']}
+    return dict(named, optimizer=optimizer_state(state['optimizer'], len(state['keys']) * state['theta'], view))
+
+
+@torch.no_grad()
+def pmmp_forget(state, masks):
+    """Drop what masks {name: bool tensor} drop: w and γ there, and the moments of all."""
+    dropped = [masks[n] for n in state['names']]
+    for key in state['keys']:
+        forget(state['optimizer'], dict(zip(state[key], dropped)))
+        if key != 'u':
+            torch._foreach_mul_(state[key], dropped)
 
 
 @torch.no_grad()

@@ -78,6 +78,7 @@ beta = 5.0                      # drr's steepness
 initial_p_value = 1.0           # pmmp: keep probability at start
 initial_u_value = 0.0           # pmmp: multiplier at start
 procedure_learning_rate = 0.0   # pmmp's w, gamma, u; 0 = the same as theta
+pmmp_state = 'exact'            # 'exact' (w, gamma, u, each with Adam's moments), 'lean' (w = theta, no moments)
 regularise = 'matrices'         # 'matrices' (and embeddings) or 'all' (upstream: biases and norm gains too)
 decoupled = False               # apply the penalty outside Adam's normalisation, as AdamW does decay
 # phases, in epochs; an epoch can be cut at a number of batches (0 = whole)
@@ -142,6 +143,7 @@ def check_knobs(k, n_ranks):
     require(one_of('procedure', procedure, ('vanilla', 'rl1', 'drr', 'pmmp')),
             one_of('order', order, ('permuted', 'sequential', 'random')),
             one_of('regularise', regularise, ('matrices', 'all')), one_of('prune_by', prune_by, ('magnitude', 'gamma')),
+            one_of('pmmp_state', pmmp_state, ('exact', 'lean')),
             (0 <= initial_p_value <= 1, f'initial_p_value = {initial_p_value}, expected a probability in [0, 1]'),
             one_of('stop_when', stop_when, ('never', 'first_exhausted')),
             one_of('loss_on', loss_on, ('text', 'text+markup')),
@@ -231,7 +233,7 @@ def main(argv=None):
     if resume:
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
                  'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder',
-                 'matrix_optimizer')
+                 'matrix_optimizer', 'pmmp_state')
         runs.check_resume(start, path, data_facts, config, fixed)
     raw_model.recompute, raw_model.left_padding = activation_checkpointing, train_data.padded
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
@@ -330,7 +332,7 @@ def main(argv=None):
         if not weights_only:
             checkpoint.update(optimizer=parallel.optimizer_state(optimizer, parallel.parameters_of(optimizer), view),
                               scaler=scaler.state_dict(),
-                              procedure=sparse.pmmp_saved(state, view) if 'w' in state else {})
+                              procedure=sparse.pmmp_saved(state, view) if 'gamma' in state else {})
         if env.main:
             loss_file.flush()
         if env.main or name == 'ckpt.sharded':
@@ -361,11 +363,8 @@ def main(argv=None):
         sparse.apply_masks(named_params, masks)
         masked, mask_list = [named_params[n].detach() for n in masks], list(masks.values())
         sparse.forget(optimizer, {named_params[n]: m for n, m in masks.items()})
-        if 'w' in state:
-            for key in ('w', 'gamma', 'u'):
-                sparse.forget(state['optimizer'], {t: masks[n] for n, t in zip(state['names'], state[key])})
-            for key in ('w', 'gamma'):
-                torch._foreach_mul_(state[key], [masks[n] for n in state['names']])
+        if 'gamma' in state:
+            sparse.pmmp_forget(state, masks)
         after = loss_of()
         counters['tolerance_spent'] += after / before - 1
         counters['n_prunings'] += 1
@@ -388,11 +387,11 @@ def main(argv=None):
         if phase['procedure'] == 'pmmp':
             state = sparse.pmmp_state(params, alpha, initial_p_value, initial_u_value,
                                       partial(adamw, lr=peaks[1], weight_decay=0.0),
-                                      start['procedure'] if resume and done else None)
+                                      start['procedure'] if resume and done else None, pmmp_state == 'lean')
         if qat_bits and phase['name'] == 'fine_tuning':
             rows = train_data.gather(batch_starts(order, seed, 0, 0, qat_rows, train_data.n_tokens, T), T)
-            grid = qat.Grid(named_params, start['grid'] if resume and done else
-                            qat.choose_codes(raw_model, qat_bits, *rows))
+            codes = start['grid'] if resume and done else qat.choose_codes(raw_model, qat_bits, *rows)
+            grid = qat.Grid(named_params, {n: env.sum(c * env.main).cpu() for n, c in codes.items()})   # rank 0's
             if bits_lambda:
                 edit, state = grid.pull, dict(bits_rate=bits_lambda * LN2 / train_data.n_tokens)
         if done == 0:

@@ -33,7 +33,7 @@ for name, stop_rank, stop_step, flags in jobs:
 
     def state(params, *more, name=name, folder=folder):
         made = real_state(params, *more)
-        kept = dict(theta=[p.detach().clone() for p in params.values()], w=[w.clone() for w in made['w']])
+        kept = dict(theta=[p.detach().clone() for p in params.values()], w=[w.clone() for w in made.get('w', ())])
         torch.save(kept, os.path.join(folder, f'{name}-start-{rank}.pt'))
         return made
 

@@ -14,7 +14,10 @@ from test_train import losses_of, weights_of
 import runs
 import train
 
-PROCEDURES = ('vanilla', 'rl1', 'drr', 'pmmp')
+PROCEDURES = dict({p: (f'--procedure={p}',) for p in ('vanilla', 'rl1', 'drr', 'pmmp')},
+                  lean=('--procedure=pmmp', '--pmmp_state=lean'),
+                  muon=('--matrix_optimizer=muon',), grid=('--qat_bits=4', '--bits_lambda=8'))
+WHOLE_MATRICES = ('muon', 'grid')                       # no FSDP2
 MODES = dict(one=(), ddp=(), fsdp=('--shard=full',))
 ODD = ('--n_embd=36', '--n_head=2', '--n_layer=3', '--tied', '--positions=rotary')      # 3 blocks, 36 and 108 rows
 
@@ -36,9 +39,10 @@ def jobs(tmp_path_factory, toy):
         assert done.returncode == 0, done.stderr[-3000:]
 
     first, second = [], []
-    for p in PROCEDURES:
-        train.main(argv(f'one-{p}', f'--procedure={p}'))
-        first += [[f'{m}-{p}', -1, -1, argv(f'{m}-{p}', f'--procedure={p}', *MODES[m])] for m in ('ddp', 'fsdp')]
+    for p, flags in PROCEDURES.items():
+        train.main(argv(f'one-{p}', *flags))
+        first += [[f'{m}-{p}', -1, -1, argv(f'{m}-{p}', *flags, *MODES[m])] for m in ('ddp', 'fsdp')
+                  if m == 'ddp' or p not in WHOLE_MATRICES]
     pmmp, prune = ('--procedure=pmmp',), ('--do_pruning', '--tolerated_relative_loss_increase=0.05')
     first += [['fsdp-odd', -1, -1, argv('fsdp-odd', *pmmp, *ODD, '--shard=full')],
               ['fsdp-micro', -1, -1, argv('fsdp-micro', *pmmp, '--shard=full', '--micro_batch_size=2',
@@ -76,7 +80,10 @@ def difference(a, b):
 @pytest.mark.parametrize('name', PROCEDURES)
 def test_one_process_ddp_and_fsdp2_have_the_same_losses(name, jobs):
     """Gradient edits, norms and clipping that see a rank's part only."""
-    assert difference(jobs / f'one-{name}', jobs / f'ddp-{name}') < 1e-5
+    bound = 3e-4 if name == 'muon' else 1e-5            # Muon rounds to bfloat16: a last bit becomes 2^-8 of an entry
+    assert difference(jobs / f'one-{name}', jobs / f'ddp-{name}') < bound
+    if name in WHOLE_MATRICES:
+        return
     assert difference(jobs / f'one-{name}', jobs / f'fsdp-{name}') < 1e-5
     one, parts = weights_of(jobs / f'one-{name}'), weights_of(jobs / f'fsdp-{name}')
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in parts.items()}

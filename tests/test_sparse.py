@@ -19,11 +19,13 @@ def random_params(shapes=None, dtype=torch.float64, scale=1.0):
     return {n: torch.nn.Parameter(scale * torch.randn(s, dtype=dtype)) for n, s in (shapes or SHAPES).items()}
 
 
-def random_pmmp(params, alpha=0.3):
-    """A PMMP state with w, γ, u away from their start."""
-    state = pmmp_state(params, alpha, 1.0, 0.0, partial(torch.optim.SGD, lr=0.1))
-    for w, g, u in zip(state['w'], state['gamma'], state['u']):
-        w.copy_(torch.randn_like(w)), g.copy_(torch.rand_like(g)), u.copy_(torch.rand_like(u))
+def random_pmmp(params, alpha=0.3, lean=False):
+    """A PMMP state with (w,) γ, u away from their start."""
+    state = pmmp_state(params, alpha, 1.0, 0.0, partial(torch.optim.SGD, lr=0.1), lean=lean)
+    for w in state.get('w', ()):
+        w.copy_(torch.randn_like(w))
+    for g, u in zip(state['gamma'], state['u']):
+        g.copy_(torch.rand_like(g)), u.copy_(torch.rand_like(u))
     return state
 
 
@@ -47,6 +49,34 @@ def test_pmmp_gradients_equal_autograd_of_the_written_objective():
         assert torch.allclose(state['w'][i].grad, w[i].grad, rtol=1e-12, atol=1e-12)
         assert torch.allclose(state['gamma'][i].grad, g[i].grad, rtol=1e-12, atol=1e-12)
         assert torch.allclose(state['u'][i].grad, -u[i].grad, rtol=1e-12, atol=1e-12)
+
+
+def test_lean_pmmp_is_pmmp_at_the_w_that_minimises_it():
+    """The closed form w = θ: there ∂w is 0, and θ, γ, u have the gradients that the exact edit gives them."""
+    params = random_params()
+    lean, exact = random_pmmp(params, lean=True), random_pmmp(params)
+    assert 'w' not in lean and all(t.grad is None for t in lean['gamma'] + lean['u'])
+    for key, like in (('w', params.values()), ('gamma', lean['gamma']), ('u', lean['u'])):
+        torch._foreach_copy_(exact[key], [t.detach() for t in like])
+    edited = {}
+    for name, state in (('lean', lean), ('exact', exact)):
+        edited[name] = [torch.ones_like(p) for p in params.values()]
+        with torch.no_grad():
+            sparse.pmmp_edit(list(params.values()), edited[name], state)
+    assert all(not w.grad.any() for w in exact['w'])
+    for a, b in zip(edited['lean'], edited['exact']):
+        assert torch.allclose(a, b, rtol=1e-12)
+    for key in ('gamma', 'u'):
+        for a, b in zip(lean[key], exact[key]):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12) and a.grad.any()
+
+
+def test_sign_steps_go_downhill_and_free_the_gradient():
+    """A step of lr against the gradient's sign, none where it is zero; the gradient must not outlive it."""
+    p = torch.tensor([1.0, 2.0, 3.0])
+    p.grad = torch.tensor([0.5, -7.0, 0.0])
+    sparse.SignStep([p], lr=0.25).step()
+    assert p.tolist() == [0.75, 2.25, 3.0] and p.grad is None
 
 
 def test_pmmp_bracket_is_the_expectation_over_keep_variables():
@@ -97,13 +127,13 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('name', ('rl1', 'drr', 'pmmp'))
-def test_edits_launch_as_many_kernels_for_forty_tensors_as_for_two(name):
+@pytest.mark.parametrize('name, lean', (('rl1', 0), ('drr', 0), ('pmmp', 0), ('pmmp', 1)))
+def test_edits_launch_as_many_kernels_for_forty_tensors_as_for_two(name, lean):
     """METHODS §7 fault 8: Python loops over parameters in every step; multi-tensor calls do not grow with the count."""
     counts = []
     for n in (2, 40):
         params = random_params({f'p{i}': (3, 2) for i in range(n)}, torch.float32)
-        state = random_pmmp(params) if name == 'pmmp' else dict(alpha=0.1, beta=5.0)
+        state = random_pmmp(params, lean=lean) if name == 'pmmp' else dict(alpha=0.1, beta=5.0)
         with torch.no_grad(), CountOps() as ops:
             PROCEDURES[name][0](list(params.values()), [torch.ones_like(p) for p in params.values()], state)
             n_made = n                                          # ones_like above
@@ -121,25 +151,28 @@ def test_gamma_is_projected_to_the_unit_interval():
     assert all(0 <= g.min() and g.max() <= 1 for g in state['gamma'])
 
 
-def test_pmmp_state_starts_at_theta_and_comes_back_from_a_checkpoint():
+@pytest.mark.parametrize('lean', (False, True))
+def test_pmmp_state_starts_at_theta_and_comes_back_from_a_checkpoint(lean):
     """METHODS §7 fault 3: a checkpoint without γ, w, u or their optimiser; fault 2: w is a copy of θ as it is now."""
     params = random_params(dtype=torch.float32)
     make = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0)
-    state = pmmp_state(params, 0.3, 0.9, 0.2, make)
-    assert all(torch.equal(w, p) and w.data_ptr() != p.data_ptr() for w, p in zip(state['w'], params.values()))
+    state = pmmp_state(params, 0.3, 0.9, 0.2, make, lean=lean)
+    assert lean or all(torch.equal(w, p) and w.data_ptr() != p.data_ptr() for w, p in zip(state['w'], params.values()))
     assert all((g == 0.9).all() for g in state['gamma']) and all((u == 0.2).all() for u in state['u'])
 
     def steps(s, n):
         for _ in range(n):
             with torch.no_grad():
                 sparse.pmmp_edit(list(params.values()), [torch.zeros_like(p) for p in params.values()], s)
+            s['optimizer'].param_groups[0]['lr'] = 0.1
             s['optimizer'].step()
             sparse.pmmp_project(s)
     steps(state, 3)
     saved = copy.deepcopy(sparse.pmmp_saved(state, parallel.full))
-    again = pmmp_state(params, 0.3, 0.9, 0.2, make, saved)
+    again = pmmp_state(params, 0.3, 0.9, 0.2, make, saved, lean)
     steps(state, 3), steps(again, 3)
-    for key in ('w', 'gamma', 'u'):
+    assert state['keys'] == (('gamma', 'u') if lean else ('w', 'gamma', 'u'))
+    for key in state['keys']:
         assert all(torch.equal(x, y) for x, y in zip(state[key], again[key]))
 
 

@@ -1,0 +1,53 @@
+"""pmmp_state = 'lean': resumes to the bit, prunes, holds what it says, and is no continuation of the exact one."""
+import pytest
+from test_train import THREE_PHASES, assert_same_run, stop_at
+
+import runs
+from configurator import UserError
+
+LEAN = (*THREE_PHASES, '--pmmp_state=lean')
+
+
+@pytest.mark.parametrize('stop', (3, 14, 20))
+def test_resume_is_bit_exact(stop, train_tiny, tmp_path, monkeypatch):
+    """γ and u of a checkpoint, before, between and after prunings."""
+    assert train_tiny(*LEAN, out='whole') == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        assert train_tiny(*LEAN) == 85
+    assert train_tiny(*LEAN, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_masked_weights_have_no_gamma(train_tiny, tmp_path, monkeypatch):
+    """A dropped weight is not kept with any probability; u, a multiplier, stays."""
+    stop_at(monkeypatch, 14)                                # in the main phase, after the first pruning
+    assert train_tiny(*LEAN) == 85
+    saved = runs.load_checkpoint(str(tmp_path / 'run'))
+    assert set(saved['procedure']) == {'gamma', 'u', 'optimizer'} and saved['masks']
+    for name, mask in saved['masks'].items():
+        assert not saved['procedure']['gamma'][name][~mask & (saved['model'][name] == 0)].any()
+    assert any(float(u.max()) > 0 for u in saved['procedure']['u'].values())
+
+
+def test_it_adds_as_much_state_as_an_optimiser(train_tiny, tmp_path):
+    """8 bytes for each penalised weight, as Adam's moments, where the exact form adds 36."""
+    held, flags = {}, ('--max_iters=2', '--alpha=1e-4', '--final_train_blocks=0')
+    for name, more in (('vanilla', ()), ('lean', ('--procedure=pmmp', '--pmmp_state=lean')),
+                       ('exact', ('--procedure=pmmp',))):
+        assert train_tiny(*flags, *more, out=name) == 0
+        held[name] = runs.read_run(tmp_path / name)['held_bytes_per_rank']
+    n = sum(t.numel() for t in runs.load_checkpoint(str(tmp_path / 'lean'))['procedure']['gamma'].values())
+    assert held['lean'] - held['vanilla'] == 8 * n
+    assert 36 * n <= held['exact'] - held['vanilla'] < 36.5 * n         # a step counter per tensor
+
+
+def test_the_other_form_cannot_be_continued(train_tiny, monkeypatch):
+    """w and moments that one has and the other lacks: refused in one line instead of a KeyError."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 14)
+        assert train_tiny(*LEAN) == 85
+    with pytest.raises(UserError, match='pmmp_state'):
+        train_tiny(*THREE_PHASES, '--init_from=resume')
+    with pytest.raises(UserError, match='pmmp_state'):
+        train_tiny(*THREE_PHASES, '--pmmp_state=leaner', '--overwrite')
