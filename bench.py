@@ -1,8 +1,9 @@
 """Measure speed as ratios to a named baseline, in one process, in interleaved pairs; prints one table per area.
 
-    python bench.py procedures              a step of rl1, drr, pmmp against vanilla (transformer800k, batch 8 x 256)
+    python bench.py procedures              a step of rl1, drr, pmmp, Muon, a grid against vanilla's, 8 x 512
     python bench.py plain                   our step against a plain nanoGPT-style loop, three shapes
-    python bench.py step CONFIG.py          step time, tokens/s and peak memory of a config of train.py or distill.py
+    python bench.py step CONFIG.py          a config of train.py or distill.py: step time, tokens/s, peak memory and
+                                            the share of the device's rate for a large matrix product
     python bench.py distil                  a step of distillation against a student's step and a teacher's forward
     python bench.py mixture                 a step on a mixture of two sets against one on a single set
     python bench.py mixer                   blocks of mixers against a block of attention
@@ -13,11 +14,13 @@
 Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
 interquartile range of the per-round ratio. Writes --json_path (area -> rows), from which README's numbers are taken.
 """
+import functools
 import itertools
 import json
 import os
 import statistics
 import time
+from types import SimpleNamespace
 
 from configurator import at_least, configure, knobs_of, require, run, run_config_file
 
@@ -60,29 +63,38 @@ def ratio_rows(seconds, baseline, tokens, label):
     return rows
 
 
-def training_step(config, env, procedure, rows, seed=0):
-    """Return a closure that takes one training step as train.py does: forward, backward, edit, norms, AdamW."""
+def training_step(config, env, procedure, rows, seed=0, lean=False, muon=False, grid_bits=0):
+    """Return a closure that takes one training step as train.py does: forward, backward, edit, norms, optimiser."""
     import torch
 
+    import qat
     import sparse
-    from model import GPT, optimizer_groups
+    from model import GPT
+    from muon import make_optimizer
     torch.manual_seed(seed)
     model = GPT(config).to(env.device)
     model_step = torch.compile(model) if env.kind == 'cuda' else model
-    optimizer = torch.optim.AdamW(optimizer_groups(list(model.parameters()), 0.0), lr=1e-4, fused=True)
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=True)
+    named = dict(model.named_parameters())
+    optimizer = make_optimizer(named, adamw, SimpleNamespace(
+        matrix_optimizer='muon' if muon else 'adamw', muon_rate_ratio=1.0, weight_decay=0.0))
     params = sparse.regularised(model, 'matrices')
     theta, all_params = list(params.values()), list(model.parameters())
     edit, project = sparse.PROCEDURES[procedure]
     state = dict(alpha=1e-7, beta=5.0)
     if procedure == 'pmmp':
-        state = sparse.pmmp_state(params, 1e-7, 1.0, 0.0, lambda tensors: torch.optim.AdamW(
-            tensors, lr=1e-4, weight_decay=0.0, fused=True))
-    x = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device)
+        state = sparse.pmmp_state(params, 1e-7, 1.0, 0.0, adamw, lean=lean)
+    x, grid = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device), qat.Grid({}, {})
+    if grid_bits:
+        grid = qat.Grid(named, qat.choose_codes(model, grid_bits, *(t.cpu().numpy() for t in (x[:, :-1], x[:, 1:]))))
+        edit, state = grid.pull, dict(bits_rate=1e-7)
 
     def step():
+        grid.round()
         with env.autocast():
             loss = model_step(x[:, :-1], x[:, 1:])
         (loss / (rows * config.block_size)).backward()
+        grid.restore()
         norms = [torch.nn.utils.get_total_norm([p.grad for p in all_params])]
         if edit is not sparse.no_edit:
             edit(theta, [p.grad for p in theta], state)
@@ -172,9 +184,12 @@ def size_config(name, block_size):
 
 
 def bench_procedures(env):
-    config, rows = size_config('transformer800k', 256), 8
+    config, rows = size_config('transformer800k', 512), 8
     steps = {p: training_step(config, env, p, rows) for p in ('vanilla', 'rl1', 'drr', 'pmmp')}
-    return ratio_rows(interleave(steps, pairs, env), 'vanilla', rows * 256, 'transformer800k, batch 8 x 256')
+    steps |= {'pmmp, lean': training_step(config, env, 'pmmp', rows, lean=True),
+              'Muon': training_step(config, env, 'vanilla', rows, muon=True),
+              'on a grid of 4 bits': training_step(config, env, 'vanilla', rows, grid_bits=4)}
+    return ratio_rows(interleave(steps, pairs, env), 'vanilla', rows * 512, 'transformer800k, batch 8 x 512')
 
 
 def bench_plain(env):
@@ -301,19 +316,32 @@ def bench_distil(env, block_size=128, n_layer=6):
                       f'GPT-2 small to {n_layer} layers, batch 1 x {block_size}')
 
 
+def product_flops(env):
+    """Floating-point operations per second of a large matrix product in a run's own precision."""
+    import torch
+
+    from cpu import linear
+    n = 8192 if env.kind == 'cuda' else 1024
+    a, b = (torch.randn(n, n, device=env.device, dtype=getattr(torch, env.dtype)) for _ in range(2))
+    return 2 * n ** 3 / statistics.median(interleave(dict(product=lambda: linear(a, b)), 5 * pairs, env)['product'])
+
+
 def bench_step(env, path):
-    """Time a config's own step on one process, and the peak memory it takes; models of GPT-2 have its vocabulary."""
+    """Time a config's own step on one process, and the peak memory it takes; models of GPT-2 have its vocabulary.
+
+    percent_of_product counts the FLOPs of the model that is trained, not a teacher's.
+    """
     import torch
 
     import runs
-    from model import GPT, SIZES, config_from_knobs
+    from model import GPT, SIZES, config_from_knobs, flops_per_token
     with open(path, encoding='utf-8') as f:
         script = 'distill.py' if 'distill.py' in f.readline() else 'train.py'
     defaults, _ = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), script))
     knobs = run_config_file(path, dict(defaults), defaults)
     config = config_from_knobs(knobs, 50257 if knobs['model'].startswith('gpt2') else 256)
     rows = knobs['micro_batch_size'] or knobs['batch_size']
-    before, peak, times = runs.rss_anon_bytes(), 0, []
+    before, peak, times, best = runs.rss_anon_bytes(), 0, [], product_flops(env)
     if script == 'train.py':
         step = training_step(config, env, knobs['procedure'], rows)
     else:
@@ -331,10 +359,10 @@ def bench_step(env, path):
         peak = max(peak, runs.rss_anon_bytes() - before)
     if env.kind == 'cuda':
         peak = torch.cuda.max_memory_allocated()
-    median = statistics.median(times[2:])
+    speed = rows * config.block_size / (median := statistics.median(times[2:]))
     return [dict(config=os.path.basename(path), procedure=knobs['procedure'], rows=rows, block_size=config.block_size,
-                 milliseconds=median * 1e3, tokens_per_second=round(rows * config.block_size / median),
-                 memory_mib=peak / 2**20)]
+                 milliseconds=median * 1e3, tokens_per_second=round(speed), memory_mib=peak / 2**20, dtype=env.dtype,
+                 product_gflops=round(best / 1e9), percent_of_product=100 * speed * flops_per_token(config) / best)]
 
 
 def bench_codec(env, checkpoint, path):

@@ -1,0 +1,8 @@
+# python train.py config/step_308m.py
+# python bench.py step config/step_308m.py: the shape of the speed goals in LOG, on one H200-class GPU; not measured
+out_dir = 'out/step_308m'
+model = 'transformer308m'
+block_size = 512
+batch_size = 128
+max_iters = 100
+final_train_blocks = 0

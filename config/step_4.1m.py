@@ -1,0 +1,8 @@
+# python train.py config/step_4.1m.py
+# python bench.py step config/step_4.1m.py: the shape of the speed goals in LOG, on one H200-class GPU; not measured
+out_dir = 'out/step_4.1m'
+model = 'transformer4.1m'
+block_size = 512
+batch_size = 128
+max_iters = 100
+final_train_blocks = 0
