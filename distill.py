@@ -160,6 +160,7 @@ def main(argv=None):
                           meta['splits']['train']['tokens'])
 
     # data, teacher, student and what it starts from
+    signals = runs.StopSignals(max_runtime)
     env = runs.Env(device, dtype)
     train_data = open_bin(data_dir, dataset, 'train', verify)
     require((train_only_on_leading_tokens <= train_data.n_tokens,
@@ -234,8 +235,7 @@ def main(argv=None):
                             procedure='distillation', flops_per_token=flops_per_token(model_config)
                             + flops_per_token(ModelConfig(**taught['model_args'])) // 3,    # the teacher only forward
                             parent=runs.parent_of(parent) if parent and env.main else {})
-    signals, started, skipped = runs.StopSignals(), time.time(), 0
-    last_saved = lap = started
+    last_saved, lap, skipped = time.time(), time.time(), 0
     if env.main:
         log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
     if wandb_log and env.main:
@@ -289,7 +289,7 @@ def main(argv=None):
         n_scored = train_data.n_scored(starts, T)
         mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
         sums = torch.zeros(3 + len(TERMS), device=env.device)           # stop?, checkpoint due?, loss, terms
-        sums[0] = float(bool(signals.received) or bool(max_runtime) and time.time() - started > max_runtime)
+        sums[0] = float(bool(signals.received))
         sums[1] = float(env.main and bool(checkpoint_time) and time.time() - last_saved > checkpoint_time)
         for i in range(0, rows_per_rank, micro):
             x, y = train_data.gather(mine[i:i + micro], T)
@@ -348,7 +348,7 @@ def main(argv=None):
         if stop and step < n_steps:
             save()
             bar.close()
-            note(f"paused step={step} reason={signals.received or 'max_runtime'}; continue with --init_from=resume")
+            note(f"paused step={step} reason={signals.received or 'rank'}; continue with --init_from=resume")
             record.update(status='paused', step=step)
             env.barrier()                                               # the first rank to go may end the others
             env.close()
@@ -361,7 +361,7 @@ def main(argv=None):
     # the end: the checkpoint, then numbers from sums over the whole test split; a signal now leaves them to a resume
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
         save()
-    signals.then = lambda: (record.update(status='paused'), os._exit(runs.PAUSED))
+    signals.act_at_once(lambda: (record.update(status='paused'), os._exit(runs.PAUSED)))
     sizes = sparse.model_sizes(student.parameters())
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],
@@ -376,6 +376,7 @@ def main(argv=None):
         note(curves.draw_run(out_dir, loss_file))
     note('done ' + ' '.join(f'{name}={v:.5g}' if isinstance(v, float) else f'{name}={v}' for name, v in totals.items()),
          **{name: v for name, v in totals.items() if v})
+    signals.close()
     record.update(status='done', **totals)
     env.barrier()
     env.close()

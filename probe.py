@@ -149,7 +149,7 @@ def decoder_of(args, T, vocab_size):
                        wrapper='autoencoder', bottleneck=numbers if numbers != width else 0)
 
 
-def train_probe(probe, folder, facts, train_data, test_data, env, k, started, signals):
+def train_probe(probe, folder, facts, train_data, test_data, env, k, signals):
     """Train the decoder of one probe in its run folder; return its numbers, or None where it was saved and stopped."""
     import torch
 
@@ -211,7 +211,7 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, started, si
         n_scored = train_data.n_scored(starts, T)
         mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
         sums = torch.zeros(3, device=env.device)                        # nats, stop?, checkpoint due?
-        sums[1] = float(bool(signals.received) or bool(max_runtime) and time.time() - started > max_runtime)
+        sums[1] = float(bool(signals.received))
         sums[2] = float(env.main and bool(checkpoint_time) and time.time() - saved_at > checkpoint_time)
         for i in range(0, rows_per_rank, micro):
             x, y = train_data.gather(mine[i:i + micro], T)
@@ -252,7 +252,7 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, started, si
             saved_at = time.time()
         if stop and step < max_iters:
             bar.close()
-            note(f"paused step={step} reason={signals.received or 'max_runtime'}; continue with --init_from=resume")
+            note(f"paused step={step} reason={signals.received or 'rank'}; continue with --init_from=resume")
             return record.update(status='paused', step=step)
     bar.close()
     if counters['step'] != start.get('step'):
@@ -319,6 +319,7 @@ def main(argv=None):
     from bins import open_bin
     from encoders import with_objective
     from model import build
+    signals = runs.StopSignals(max_runtime if mode == 'information' else 0)
     env, loaded = runs.Env(device, dtype), [runs.load_checkpoint(path) for path in paths]
     sets = {dataset or c['data']['dataset'] for c in loaded}
     require((len(sets) == 1 and all(sets), f'the encoders were trained on {", ".join(sorted(sets)) or "no data set"};'
@@ -366,8 +367,7 @@ def main(argv=None):
     if env.main:
         runs.open_run_folder(out_dir, overwrite, init_from == 'resume')
     env.barrier()
-    record, rows, lines, started = runs.RunRecord(out_dir, config, env), [], [], time.time()
-    signals = runs.StopSignals() if mode == 'information' else None
+    record, rows, lines = runs.RunRecord(out_dir, config, env), [], []
     for (folder, checkpoint, decoder, facts), old in zip(jobs, before):
         if old.get('status') == 'done':
             rows.append(old['row'])
@@ -388,8 +388,7 @@ def main(argv=None):
         else:
             torch.manual_seed(seed)                                     # the same decoder for encoders of one shape
             tokens = [with_objective(data, 'autoencode', 'autoencoder') for data in (train_data, test_data)]
-            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, *tokens, env, k, started,
-                              signals)
+            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, *tokens, env, k, signals)
         if row is None:
             record.update(status='paused')
             env.barrier()                                               # the first rank to go may end the others
@@ -410,6 +409,7 @@ def main(argv=None):
                 table_of.writeheader()
                 table_of.writerows(lines)
         print(f'{table}\nwrote {out_dir}')
+    signals.close()
     record.update(status='done')
     return 0
 

@@ -130,17 +130,29 @@ class Env:
 
 
 class StopSignals:
-    """Remember SIGTERM and SIGUSR1 so that the loop can save at the next step boundary."""
+    """Remember SIGTERM, SIGUSR1 and the end of max_runtime (seconds from now; 0 = none) for the next step boundary."""
 
-    def __init__(self):
-        self.received, self.then = 0, None                  # then: what to do at once instead of only remembering
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+    def __init__(self, max_runtime=0.0):
+        self.received, self.then = '', None                 # then: what to do at once instead of only remembering
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
             signal.signal(number, self._remember)
+        signal.setitimer(signal.ITIMER_REAL, max(max_runtime, 1e-6) if max_runtime else 0)
 
     def _remember(self, number, frame):
-        self.received = number
+        self.received = 'max_runtime' if number == signal.SIGALRM else number
         if self.then:
             self.then()
+
+    def act_at_once(self, action):
+        """From now on do action when one comes, and now if one came already."""
+        self.then = action
+        if self.received:
+            action()
+
+    def close(self):
+        """Nothing is left that a signal could cut short."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.then = None
 
 
 # --- run folder ---

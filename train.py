@@ -200,6 +200,7 @@ def main(argv=None):
                                train_data.n_tokens, plan_of(train_data))
 
     # data, model and what they start from
+    signals = runs.StopSignals(max_runtime)
     env = runs.Env(device, dtype)
     train_data = open_split('train')
     splits = common_splits(data_dir, dataset, data_mix)
@@ -273,7 +274,7 @@ def main(argv=None):
     if stop_when == 'first_exhausted' and data_mix and env.main:
         print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
               f' {train_data.n_batches(batch_size, seed) * steps_per_chunk:,}')
-    signals, started, last_saved, skipped = runs.StopSignals(), time.time(), time.time(), 0
+    last_saved, skipped = time.time(), 0
     state, paired, grid, peaks = {}, {}, qat.Grid({}, {}), (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
         log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
@@ -414,7 +415,7 @@ def main(argv=None):
             n_scored = train_data.n_scored(starts, T)
             mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
             sums = torch.zeros(3, device=env.device)                # nats, stop?, checkpoint due?: one reduction a step
-            sums[1] = float(bool(signals.received) or bool(max_runtime) and time.time() - started > max_runtime)
+            sums[1] = float(bool(signals.received))
             sums[2] = float(env.main and bool(checkpoint_time) and time.time() - last_saved > checkpoint_time)
             grid.round()
             for i in range(0, rows_per_rank, micro):
@@ -503,7 +504,7 @@ def main(argv=None):
             if stop and step < n_steps:
                 save(phase)
                 bar.close()
-                note(f"paused step={step} reason={signals.received or 'max_runtime'}; continue with --init_from=resume")
+                note(f"paused step={step} reason={signals.received or 'rank'}; continue with --init_from=resume")
                 record.update(status='paused', step=step)
                 env.barrier()                                           # the first rank to go may end the others
                 env.close()
@@ -518,7 +519,7 @@ def main(argv=None):
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
         grid.round()
         save(phases[-1])
-    signals.then = lambda: (record.update(status='paused'), os._exit(runs.PAUSED))
+    signals.act_at_once(lambda: (record.update(status='paused'), os._exit(runs.PAUSED)))
     sizes = sparse.model_sizes(parallel.full(p, p) for p in named_params.values())
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   epsilon=counters['epsilon'], model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],
@@ -546,6 +547,7 @@ def main(argv=None):
         note(curves.draw_run(out_dir, loss_file))
     note('done ' + ' '.join(f'{k}={v:.5g}' if isinstance(v, float) else f'{k}={v}' for k, v in totals.items()),
          **{k: v for k, v in totals.items() if v})
+    signals.close()
     record.update(status='done', **totals)
     env.barrier()
     env.close()

@@ -111,9 +111,10 @@ class OneProcess:
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    """train.main installs handlers for SIGTERM and SIGUSR1; give pytest its own back."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    """train.main installs handlers for signals and a timer; give pytest its own back."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
 
