@@ -35,7 +35,6 @@ class Grid:
     """
 
     def __init__(self, named_params, codes):
-        from weights import scale_from
         if codes:
             from weights import scale_from
         self.codes, self.theta = codes, [named_params[n].detach() for n in codes]

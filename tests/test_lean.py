@@ -1,6 +1,6 @@
 """pmmp_state = 'lean': resumes to the bit, prunes, holds what it says, and is no continuation of the exact one."""
 import pytest
-from test_train import THREE_PHASES, assert_same_run, stop_at
+from test_train import THREE_PHASES, assert_resumes, stop_at
 
 import runs
 from configurator import UserError
@@ -11,12 +11,7 @@ LEAN = (*THREE_PHASES, '--pmmp_state=lean')
 @pytest.mark.parametrize('stop', (3, 14, 20))
 def test_resume_is_bit_exact(stop, train_tiny, tmp_path, monkeypatch):
     """γ and u of a checkpoint, before, between and after prunings."""
-    assert train_tiny(*LEAN, out='whole') == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        assert train_tiny(*LEAN) == 85
-    assert train_tiny(*LEAN, '--init_from=resume') == 0
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert_resumes(LEAN, stop, train_tiny, tmp_path, monkeypatch)
 
 
 def test_masked_weights_have_no_gamma(train_tiny, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import same
-from test_train import THREE_PHASES, assert_same_run, stop_at, weights_of
+from test_train import THREE_PHASES, assert_resumes, weights_of
 
 import muon
 import runs
@@ -70,12 +70,7 @@ def test_state_dict_numbers_every_parameter_once_and_restores():
 @pytest.mark.parametrize('stop', (3, 10, 20))
 def test_resume_is_bit_exact(stop, train_tiny, tmp_path, monkeypatch):
     """Through a prelude, pmmp with prunings and fine-tuning."""
-    assert train_tiny(*THREE_PHASES, *MUON, out='whole') == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        assert train_tiny(*THREE_PHASES, *MUON) == 85
-    assert train_tiny(*THREE_PHASES, *MUON, '--init_from=resume') == 0
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert_resumes((*THREE_PHASES, *MUON), stop, train_tiny, tmp_path, monkeypatch)
 
 
 def test_masks_hold_although_muon_moves_every_weight(train_tiny, tmp_path):

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_train import THREE_PHASES, assert_same_run, stop_at
+from test_train import THREE_PHASES, assert_resumes
 
 import compress
 import qat
@@ -149,12 +149,7 @@ def test_a_penalty_on_bits_makes_smaller_weights(train_tiny, tmp_path):
 def test_resume_is_bit_exact(stop, train_tiny, tmp_path, monkeypatch):
     """Before and inside the phase with a grid: the weights behind it and its codes are what a checkpoint keeps."""
     flags = (*THREE_PHASES, *GRID, '--bits_lambda=1', '--eval_interval=1')
-    assert train_tiny(*flags, out='whole') == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        assert train_tiny(*flags) == 85
-    assert train_tiny(*flags, '--init_from=resume') == 0
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert_resumes(flags, stop, train_tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('flags, words', [

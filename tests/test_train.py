@@ -428,6 +428,16 @@ def assert_same_run(folder, reference):
         assert a[key] == b[key], key
 
 
+def assert_resumes(flags, stop, train_tiny, tmp_path, monkeypatch):
+    """A run that is stopped in a step and resumed must end as an unbroken one."""
+    assert train_tiny(*flags, out='whole') == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        assert train_tiny(*flags) == 85
+    assert train_tiny(*flags, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
 @pytest.mark.parametrize('stops', [(3,), (6,), (8,), (10,), (13, 15), (18,), (20,), (21, 22)], ids=str)
 def test_resume_is_bit_exact(stops, train_tiny, tmp_path, monkeypatch, unbroken):
     """METHODS §7 fault 4: resume replays the first batches or skips data; in every phase, at its ends, at prunings."""
