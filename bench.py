@@ -1,6 +1,6 @@
 """Measure speed as ratios to a named baseline, in one process, in interleaved pairs; prints one table per area.
 
-    python bench.py procedures              a step of rl1, drr, pmmp, Muon, a grid against vanilla's, 8 x 512
+    python bench.py procedures              rl1, drr, pmmp, lean pmmp, Muon, a grid against a vanilla step
     python bench.py plain                   our step against a plain nanoGPT-style loop, three shapes
     python bench.py step CONFIG.py          a config of train.py or distill.py: step time, tokens/s, peak memory and
                                             the share of the device's rate for a large matrix product
@@ -63,7 +63,7 @@ def ratio_rows(seconds, baseline, tokens, label):
     return rows
 
 
-def training_step(config, env, procedure, rows, seed=0, lean=False, muon=False, grid_bits=0):
+def training_step(config, env, procedure, rows, lean=False, muon=False, grid_bits=0, recompute=False):
     """Return a closure that takes one training step as train.py does: forward, backward, edit, norms, optimiser."""
     import torch
 
@@ -71,8 +71,9 @@ def training_step(config, env, procedure, rows, seed=0, lean=False, muon=False, 
     import sparse
     from model import GPT
     from muon import make_optimizer
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = GPT(config).to(env.device)
+    model.recompute = recompute
     model_step = torch.compile(model) if env.kind == 'cuda' else model
     adamw = functools.partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=True)
     named = dict(model.named_parameters())
@@ -287,7 +288,7 @@ def bench_evaluation(env):
         with torch.no_grad(), env.autocast():
             return sum(F.cross_entropy(model(env.put(x[i:i + 1]))[0], env.put(y[i])).item() for i in range(len(x)))
     steps = {'a row at a time': plain} | {
-        f'{rows} rows': lambda rows=rows: score.evaluate(model, data, T, rows, env) for rows in (1, 32)}
+        f'{rows} rows': lambda rows=rows: score.evaluate(model, data, T, rows, env) for rows in (1, score.rows_per_forward(T))}
     return ratio_rows(interleave(steps, pairs, env), 'a row at a time', data.n_tokens, f'transformer800k, T {T}')
 
 
@@ -327,7 +328,7 @@ def product_flops(env):
 
 
 def bench_step(env, path):
-    """Time a config's own step on one process, and the peak memory it takes; models of GPT-2 have its vocabulary.
+    """Time a step of a config's main phase on one process, and the peak memory it takes; GPT-2 has its vocabulary.
 
     percent_of_product counts the FLOPs of the model that is trained, not a teacher's.
     """
@@ -341,28 +342,28 @@ def bench_step(env, path):
     knobs = run_config_file(path, dict(defaults), defaults)
     config = config_from_knobs(knobs, 50257 if knobs['model'].startswith('gpt2') else 256)
     rows = knobs['micro_batch_size'] or knobs['batch_size']
-    before, peak, times, best = runs.rss_anon_bytes(), 0, [], product_flops(env)
+    best, before, peaks = product_flops(env), runs.rss_anon_bytes(), []
+    if env.kind == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
     if script == 'train.py':
-        step = training_step(config, env, knobs['procedure'], rows)
+        require((not config.wrapper, f'bench.py step takes decoders, {path} has wrapper = {config.wrapper!r}'))
+        step = training_step(config, env, knobs['procedure'], rows, knobs['pmmp_state'] == 'lean',
+                             knobs['matrix_optimizer'] == 'muon', recompute=knobs['activation_checkpointing'])
     else:
         name = knobs['teacher']                         # a named size stands for its checkpoint: random weights
         teacher = GPT(gpt2_config(**SIZES[name])).to(env.device) if name in SIZES else runs.load_model(
             name, env.device)[0]
         step = distillation_step(config, teacher.eval().requires_grad_(False), knobs, env, rows)
         knobs['procedure'] = 'distillation'
-    for _ in range(pairs + 2):
-        started = time.perf_counter()
+
+    def watched():
         step()
-        if env.kind == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        peak = max(peak, runs.rss_anon_bytes() - before)
-    if env.kind == 'cuda':
-        peak = torch.cuda.max_memory_allocated()
-    speed = rows * config.block_size / (median := statistics.median(times[2:]))
+        peaks.append(torch.cuda.max_memory_allocated() if env.kind == 'cuda' else runs.rss_anon_bytes() - before)
+    speed = rows * config.block_size / (median := statistics.median(interleave(dict(step=watched), pairs, env)['step']))
     return [dict(config=os.path.basename(path), procedure=knobs['procedure'], rows=rows, block_size=config.block_size,
-                 milliseconds=median * 1e3, tokens_per_second=round(speed), memory_mib=peak / 2**20, dtype=env.dtype,
-                 product_gflops=round(best / 1e9), percent_of_product=100 * speed * flops_per_token(config) / best)]
+                 milliseconds=median * 1e3, tokens_per_second=round(speed), memory_mib=max(peaks) / 2**20,
+                 dtype=env.dtype, product_gflops=round(best / 1e9),
+                 percent_of_product=100 * speed * flops_per_token(config) / best)]
 
 
 def bench_codec(env, checkpoint, path):
@@ -432,6 +433,7 @@ def main(argv=None):
     import torch
 
     import runs
+    from bins import write_json
     if threads:
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
@@ -444,9 +446,8 @@ def main(argv=None):
         if os.path.exists(json_path):
             with open(json_path, encoding='utf-8') as f:
                 table = json.load(f)
-        table[verb] = dict(hardware=runs.hardware(env), commit=runs.commit_id(), rounds=pairs, rows=rows)
-        with open(json_path, 'w', encoding='utf-8') as f:
-            json.dump(table, f, indent=1)
+        row = dict(hardware=runs.hardware(env), commit=runs.commit_id(), rounds=pairs, rows=rows)
+        write_json(json_path, table | {verb: row})
     return 0
 
 

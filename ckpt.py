@@ -139,13 +139,17 @@ def load_weights(model, checkpoint, path):
     model.load_state_dict(checkpoint['model'])
 
 
+# what checkpoints did that lack these knobs
+BEFORE = dict(matrix_optimizer='adamw', muon_rate_ratio=1.0, pmmp_state='exact', qat_bits=0.0)
+
+
 def check_resume(start, path, data, config, fixed):
     """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`."""
     require(*((start['data'][key] == data[key], f'cannot resume: {key} is {data[key]!r}, the checkpoint has'
                f' {start["data"][key]!r}; use the original one, or init_from={path} for a new run')
               for key in ('sha256', 'start_id')),
-            *((start['config'].get(key, config[key]) == config[key], f'cannot resume: {key} = {config[key]!r}, the'
-               f' checkpoint has {start["config"].get(key)!r}') for key in fixed))
+            *((old == config[key], f'cannot resume: {key} = {config[key]!r}, the checkpoint has {old!r}')
+              for key in fixed for old in [start['config'].get(key, BEFORE.get(key, config[key]))]))
 
 
 def weights_alone(checkpoint):

@@ -4,7 +4,7 @@ A record is {"text": ..., "metadata": [item, ...]} or has a column metadata_<typ
 has key, type "global", value; a local one type "local", char_start_idx, char_end_idx (exclusive), value, and for html
 html_attrs {attrs, values}; relative_start_pos and relative_end_pos give the order of tags at one index. A record with
 neither is annotated here: url, timestamp (of the url's path), datasource, title, length, html. Documents are text and
-items; offsets are in characters. METHODS §5.
+items; offsets are in characters (BigScience modeling-metadata).
 """
 import re
 from html.parser import HTMLParser

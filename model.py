@@ -16,7 +16,7 @@ from configurator import UserError, at_least, one_of, require
 from cpu import Linear, causal_attention
 from mixers import Mixer
 
-SIZES = {                               # METHODS §1: byte level, feed-forward 4d, untied head, sinusoidal positions
+SIZES = {                               # arXiv 2505.17469: bytes, feed-forward 4d, untied head, sinusoidal positions
     'transformer200k': dict(n_embd=64, n_head=4, n_layer=4, block_size=2048),
     'transformer800k': dict(n_embd=128, n_head=4, n_layer=4, block_size=2048),
     'transformer3.2m': dict(n_embd=256, n_head=8, n_layer=4, block_size=2048),

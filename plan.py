@@ -24,8 +24,8 @@ def batch_rules(k, n_ranks):
 def optimizer_rules(k):
     """Rules for configurator.require: learning rate, schedule, AdamW."""
     return [one_of('schedule', k.schedule, ('constant', 'cosine', 'linear')),
-            *(at_least(name, getattr(k, name), 0) for name in ('grad_clip', 'weight_decay', 'warmup_iters',
-                                                               'adam_epsilon')),
+            *(at_least(name, getattr(k, name), 0) for name in (
+                'grad_clip', 'weight_decay', 'warmup_iters', 'adam_epsilon', 'min_learning_rate_ratio')),
             (0 <= k.beta1 < 1, f'beta1 = {k.beta1}, expected 0 <= beta1 < 1'),
             (0 <= k.beta2 < 1, f'beta2 = {k.beta2}, expected 0 <= beta2 < 1'),
             (k.learning_rate > 0, f'learning_rate = {k.learning_rate}, expected > 0')]

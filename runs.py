@@ -297,7 +297,7 @@ def gather(folder):
 
 
 def write_csv(path, records):
-    """Write runs.csv whole: DESIGN's columns first, then every other knob and metric in sorted order."""
+    """Write runs.csv whole: COLUMNS first, then every other knob and metric in sorted order."""
     extra = sorted({k for r in records for k in r} - set(COLUMNS))
     tmp = f'{path}.{os.getpid()}.tmp'
     with open(tmp, 'w', newline='', encoding='utf-8') as f:

@@ -82,7 +82,7 @@ def metrics(sums, text_bytes, vocab_size):
     """Turn sums over tokens that stand for text_bytes bytes into nats, bits per byte, perplexity, accuracy, bytes.
 
     accuracy: share of tokens that are the most likely one (what Badger calls Hamming). information: 1 - H/ln V, the
-    share of a uniform token's entropy that the model knows (METHODS §6); negative where it is worse than a guess.
+    share of a uniform token's entropy that the model knows; negative where it is worse than a guess.
     """
     tokens = max(sums['tokens'], 1)
     loss, bits = sums['nats'] / tokens, sums['nats'] / LN2

@@ -6,7 +6,7 @@
 
 In: data/DATASET. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt, train_loss.csv, loss.png, run.json}. Exit 85: saved, to be
 continued.
-Procedures edit gradients after backward and project after the step (Barth & von Petersenn 2025; METHODS in LOG.md).
+Procedures edit gradients after backward and project after the step (Barth & von Petersenn 2025).
 Clipping comes after the edit, Adam normalises both, as upstream: an alpha belongs to its optimiser and learning rate.
 """
 import math
@@ -119,7 +119,7 @@ log_every = 1                   # steps between rows of train_loss.csv
 log_interval = 100              # steps between lines of log.txt
 eval_interval = 0               # steps between validations; 0 = at the end of each phase only
 eval_blocks = 0                 # leading validation blocks used in training; 0 = the whole split
-final_train_blocks = -1         # leading training blocks scored at the end: -1 = all, 0 = none
+final_train_blocks = -1         # leading training blocks scored at the end: -1 = all, 0 = none; a pause begins it anew
 checkpoint_time = 83000.0       # seconds between checkpoints; 0 = only at the end and on a signal
 max_runtime = 86000.0           # seconds after which the run saves itself and exits with 85; 0 = off
 keep_last = 1                   # checkpoints kept
@@ -138,7 +138,7 @@ def check_knobs(k, n_ranks):
     from_zero = ('alpha', 'beta', 'initial_u_value', 'epochs_prelude', 'epochs', 'epochs_fine_tuning', 'max_iters',
                  'dropout', 'eval_blocks', 'eval_interval', 'stop_epoch_at_batch', 'stop_epoch_at_batch_prelude',
                  'stop_epoch_at_batch_fine_tuning', 'first_pruning_after', 'tolerated_relative_loss_increase',
-                 'train_only_on_leading_tokens', 'checkpoint_time', 'max_runtime')
+                 'train_only_on_leading_tokens', 'checkpoint_time', 'max_runtime', 'procedure_learning_rate')
     from_one = ('prune_every', 'steps_per_chunk', 'log_every', 'log_interval', 'keep_last')
     require(one_of('procedure', procedure, ('vanilla', 'rl1', 'drr', 'pmmp')),
             one_of('order', order, ('permuted', 'sequential', 'random')),
@@ -234,7 +234,7 @@ def main(argv=None):
     if resume:
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
                  'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder',
-                 'matrix_optimizer', 'pmmp_state')
+                 'matrix_optimizer', 'muon_rate_ratio', 'pmmp_state', 'qat_bits', 'weight_decay', 'beta1', 'beta2')
         runs.check_resume(start, path, data_facts, config, fixed)
     raw_model.recompute, raw_model.left_padding = activation_checkpointing, train_data.padded
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
@@ -250,7 +250,7 @@ def main(argv=None):
     if resume and whole:
         parallel.load_optimizer(optimizer, start['optimizer'], parallel.parameters_of(optimizer))
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
-    if resume and start['scaler']:
+    if resume and start.get('scaler'):
         scaler.load_state_dict(start['scaler'])
 
     # the plan and the counters that a checkpoint keeps
@@ -388,10 +388,10 @@ def main(argv=None):
         if phase['procedure'] == 'pmmp':
             state = sparse.pmmp_state(params, alpha, initial_p_value, initial_u_value,
                                       partial(adamw, lr=peaks[1], weight_decay=0.0),
-                                      start['procedure'] if resume and done else None, pmmp_state == 'lean')
+                                      start.get('procedure') if resume and done else None, pmmp_state == 'lean')
         if qat_bits and phase['name'] == 'fine_tuning':
             rows = train_data.gather(batch_starts(order, seed, 0, 0, qat_rows, train_data.n_tokens, T), T)
-            codes = start['grid'] if resume and done else qat.choose_codes(raw_model, qat_bits, *rows)
+            codes = start.get('grid') if resume and done else qat.choose_codes(raw_model, qat_bits, *rows)
             grid = qat.Grid(named_params, {n: env.sum(c * env.main).cpu() for n, c in codes.items()})   # rank 0's
             if bits_lambda:
                 edit, state = grid.pull, dict(bits_rate=bits_lambda * LN2 / train_data.n_tokens)

@@ -11,5 +11,5 @@ matrix_optimizer = 'adamw'      # an orthogonalised step may drown pulls on sing
 learning_rate = 1.6e-3          # where the base ends
 warmup_iters = 20
 min_learning_rate_ratio = 0.02
-procedure_learning_rate = 2e-3  # γ needs about 1/rate steps from 1 to 0, and the main phase has 976
+procedure_learning_rate = 2e-3  # γ needs about 1/rate steps from 1 to 0, and the main phase has 977
 alpha = 2e-3                    # 2e-2 left 12 % of the weights and 2.9 bits per byte

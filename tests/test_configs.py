@@ -34,7 +34,7 @@ def launch_of(path):
 
 @pytest.mark.parametrize('path', CONFIGS)
 def test_config_loads_against_its_script(path):
-    """A renamed knob, a typo or a launch line that starts another file (METHODS §7 fault 12)."""
+    """A renamed knob, a typo or a launch line that starts another file (LOG, fault 12)."""
     script, argv, _ = launch_of(path)
     assert path in argv and os.path.exists(os.path.join(ROOT, script))
     namespace = dict(__file__=os.path.join(ROOT, script), __doc__='')
@@ -60,7 +60,7 @@ def test_check_passes_with_the_processes_of_the_launch_line(path, tmp_path, monk
     assert os.listdir(tmp_path) == []                           # nothing was made
 
 
-def test_the_settings_of_METHODS_are_the_shipped_ones():
+def test_published_settings_are_the_shipped_ones():
     """The v1 table: leading bytes, epochs, first pruning, batch; δ 0.01, β 5, seed 858, 1e-5, transformer4.1m."""
     table = {'16mb': (16_384_000, 150, 200, 100, 150, 25, 8), '50mb': (50_003_968, 100, 150, 75, 100, 10, 8),
              '300mb': (299_991_040, 20, 30, 10, 20, 1, 8), '9gb': (9_307_817_984, 0, 1, 1, 1, 1, 4)}
@@ -105,7 +105,7 @@ def values_of(name, script):
 
 
 def test_the_published_settings_of_gpt2_compression():
-    """METHODS §3: DistilBERT's loss and optimiser, Li et al.'s pretraining and fine-tuning; six layers of GPT-2."""
+    """DistilBERT's loss and optimiser, Li et al.'s pretraining and fine-tuning; six layers of GPT-2."""
     v = values_of('gpt2_distil6.py', distill)
     assert (v['temperature'], v['a_ce'], v['a_clm'], v['a_cos'], v['a_mse'], v['a_hidden']) == (2, 5, 2, 1, 0, 0)
     assert (v['learning_rate'], v['schedule'], v['min_learning_rate_ratio'], v['grad_clip'], v['batch_size'],
@@ -131,7 +131,7 @@ def test_a_control_differs_in_the_teacher_alone(taught, control, start):
 
 
 def test_the_published_settings_of_the_diversity_experiments():
-    """METHODS §4: nothing differs but the training set; 51.48 M parameters, 1.31 B tokens, AdamW 5e-5 to 0, linear."""
+    """Nothing differs but the training set; 51.48 M parameters, 1.31 B tokens, AdamW 5e-5 to 0, linear."""
     from model import config_from_knobs, n_parameters
     for size, millions in (('51m', 51.48), ('117m', 124.44)):
         v = [values_of(f'diversity_{size}_{name}.py', train) for name in ('pubmed', 'uspto', 'mix')]
@@ -154,7 +154,7 @@ def test_the_published_settings_of_the_diversity_experiments():
 
 
 def test_the_published_settings_of_metadata():
-    """METHODS §5: GPT-2 on 256 rows of 1,024 for 100,000 steps; the five runs differ in their data alone."""
+    """GPT-2 on 256 rows of 1,024 for 100,000 steps; the five runs differ in their data alone."""
     found = [values_of(f'metadata_{name}.py', train) for name in ('all', 'url', 'html', 'none', 'samecontext')]
     v = found[0]
     assert (v['model'], v['positions'], v['activation'], v['tied'], v['batch_size'], v['max_iters'], v['warmup_iters'],
@@ -168,7 +168,7 @@ def test_the_published_settings_of_metadata():
 
 
 def test_the_published_settings_of_probes():
-    """METHODS §6: 512 tokens, 128 rows, 200,000 steps, warm-up 500, linear decay to 0."""
+    """512 tokens, 128 rows, 200,000 steps, warm-up 500, linear decay to 0."""
     v = values_of('probe_512.py', probe)
     assert (v['block_size'], v['batch_size'], v['max_iters'], v['warmup_iters'], v['schedule'],
             v['min_learning_rate_ratio'], v['weight_decay'], v['dtype'], v['mode'], v['spread']) == (

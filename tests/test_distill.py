@@ -43,7 +43,7 @@ def rows(seed=0, vocab_size=61):
 
 
 def plain_terms(student, teacher, x, y, tau, pairs):
-    """The formulas of METHODS §3 written out over the scored tokens, nothing in chunks."""
+    """The published formulas written out over the scored tokens, nothing in chunks."""
     scored = y >= 0
     outputs = [[], []]
     for model, kept in zip((student, teacher), outputs):

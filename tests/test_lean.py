@@ -22,7 +22,8 @@ def test_masked_weights_have_no_gamma(train_tiny, tmp_path, monkeypatch):
     assert set(saved['procedure']) == {'gamma', 'u', 'optimizer'} and saved['masks']
     for name, mask in saved['masks'].items():
         assert not saved['procedure']['gamma'][name][~mask & (saved['model'][name] == 0)].any()
-    assert any(float(u.max()) > 0 for u in saved['procedure']['u'].values())
+        assert (saved['procedure']['u'][name] >= 0.1 - 1e-6).all()      # where it began
+    assert any(bool((~m).any()) for m in saved['masks'].values())
 
 
 def test_it_adds_as_much_state_as_an_optimiser(train_tiny, tmp_path):
@@ -46,3 +47,31 @@ def test_the_other_form_cannot_be_continued(train_tiny, monkeypatch):
         train_tiny(*THREE_PHASES, '--init_from=resume')
     with pytest.raises(UserError, match='pmmp_state'):
         train_tiny(*THREE_PHASES, '--pmmp_state=leaner', '--overwrite')
+    with pytest.raises(UserError, match='procedure_learning_rate = -1'):        # sign steps would go uphill
+        train_tiny(*LEAN, '--procedure_learning_rate=-1', '--overwrite')
+
+
+def test_a_checkpoint_from_before_the_knob_is_an_exact_one(train_tiny, tmp_path, monkeypatch):
+    """A knob that a checkpoint lacks has the value that its run had, not the one asked for now."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 14)
+        assert train_tiny(*THREE_PHASES) == 85
+    path = str(tmp_path / 'run' / 'ckpt.pt')
+    checkpoint = runs.load_checkpoint(path)
+    for knob in ('pmmp_state', 'matrix_optimizer', 'muon_rate_ratio', 'qat_bits'):
+        checkpoint['config'].pop(knob)
+    runs.save_checkpoint(path, checkpoint, 1)
+    for flag, had in (('--pmmp_state=lean', 'exact'), ('--matrix_optimizer=muon', 'adamw')):
+        with pytest.raises(UserError, match=f'the checkpoint has {had!r}'):
+            train_tiny(*THREE_PHASES, flag, '--init_from=resume')
+    assert train_tiny(*THREE_PHASES, '--init_from=resume') == 0
+
+
+def test_best_weights_can_be_continued_as_they_are(train_tiny, tmp_path, monkeypatch):
+    """best.pt in place of ckpt.pt: weights and masks at their step; optimisers, γ and u start afresh."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 17)
+        assert train_tiny(*LEAN, '--eval_interval=4') == 85
+    (tmp_path / 'run' / 'best.pt').replace(tmp_path / 'run' / 'ckpt.pt')
+    assert train_tiny(*LEAN, '--eval_interval=4', '--init_from=resume') == 0
+    assert 'start afresh' in (tmp_path / 'run' / 'log.txt').read_text()

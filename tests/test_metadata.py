@@ -48,7 +48,7 @@ def rendered(text, *items):
     (item('datasource', 'a.org'), 'Datasource: a.org |||'),
     (item('length', '312'), 'Text Length: 312 |||')])
 def test_golden_prefix_of_each_type(one, expected):
-    """METHODS §5, letter by letter; timestamps of both precisions occur in real data."""
+    """modeling-metadata's prefix, letter by letter; timestamps of both precisions occur in real data."""
     assert metadata.prefix_of({one['key']: [one]}, metadata.TYPES) == expected
 
 
@@ -84,7 +84,7 @@ def test_golden_local_types(text, items, expected):
     # 6. equal spans without relative positions: a later item is the outer one; two empty ones nest alike
     ('go', [tag('i', 0, 2), tag('b', 0, 2), tag('p', 0, 0), tag('q', 0, 0)], '<q><p></p></q><b><i>go</i></b>')])
 def test_golden_html_nesting(text, items, expected):
-    """Six cases worked out by hand from METHODS §5."""
+    """Six cases worked out by hand from modeling-metadata's rules."""
     assert rendered(text, *items) == expected
 
 

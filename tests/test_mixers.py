@@ -76,7 +76,7 @@ def test_mixing_is_an_explicit_masked_matmul(kernel, groups, length):
 
 
 def test_parameters_between_tokens():
-    """METHODS §6: n² flat (halved: the triangle alone), k·n² with kernel k, h·n² + 2 d² with h heads."""
+    """Published counts: n² flat (halved: the triangle alone), k·n² with kernel k, h·n² + 2 d² with h heads."""
     n, d, triangle = 32, 32, 32 * 33 // 2
     for options, expected in ((dict(), triangle + n), (dict(kernel=5), 5 * triangle + n),
                               (dict(n_head=4), 4 * (triangle + n) + 2 * d * (d + 1)),

@@ -89,7 +89,7 @@ def test_loss_is_the_summed_cross_entropy_of_scored_targets():
 
 
 def test_no_square_buffers_and_sdpa_without_mask(monkeypatch):
-    """METHODS §7 fault 8: no flash path since weights are returned, a causal mask rebuilt or kept as (T, T) buffer."""
+    """LOG, fault 8: no flash path since weights are returned, a causal mask rebuilt or kept as (T, T) buffer."""
     calls = []
     real = F.scaled_dot_product_attention
 
@@ -108,7 +108,7 @@ def test_no_square_buffers_and_sdpa_without_mask(monkeypatch):
 
 
 @pytest.mark.parametrize('name', [n for n in SIZES if n.startswith('transformer')])
-def test_named_sizes_have_the_parameters_of_METHODS(name):
+def test_named_sizes_have_the_published_parameters(name):
     """d, layers, untied head, feed-forward 4d: 12 d² + 13 d a layer, 2 V d for embedding and head, 2 d for the norm."""
     knobs = dict(model=name, n_layer=0, n_head=0, n_embd=0, block_size=0, positions='sinusoidal', norm='layernorm',
                  activation='gelu',
@@ -210,7 +210,7 @@ class Recorder(Bin):
                                                       (17, 16, 16), (1, 16, 3)])
 @pytest.mark.parametrize('world', (1, 2, 3))
 def test_every_byte_is_scored_exactly_once_with_its_minimal_context(n_tokens, block, minimal, world):
-    """METHODS §7 fault 5: losses that cover 1/world_size of the data, every fifth batch, or some bytes twice."""
+    """LOG, fault 5: losses that cover 1/world_size of the data, every fifth batch, or some bytes twice."""
     data, seen, totals = Recorder(n_tokens), [], 0
     for rank in range(world):
         totals += score.score(Uniform(torch.zeros(n_tokens)), data, block, 3, OneProcess(rank, world),

@@ -85,6 +85,19 @@ def test_masks_hold_although_muon_moves_every_weight(train_tiny, tmp_path):
     assert weights_of(tmp_path / 'run')[name].abs().max() > 0
 
 
+def test_its_rate_is_in_units_of_adamws(train_tiny, monkeypatch):
+    """Both follow the schedule; Muon's groups at muon_rate_ratio times the rate."""
+    rates, real = [], muon.MuonAndAdamW.step
+
+    def step(self):
+        rates.append([g['lr'] for g in self.param_groups])
+        real(self)
+    monkeypatch.setattr(muon.MuonAndAdamW, 'step', step)
+    assert train_tiny('--max_iters=4', '--matrix_optimizer=muon', '--muon_rate_ratio=3', '--schedule=linear') == 0
+    assert len(rates) == 4 and all(r[-1] == pytest.approx(3 * r[0]) and r[0] == r[1] for r in rates)
+    assert rates[0][0] > rates[-1][0]
+
+
 def test_sharding_is_refused(train_tiny, monkeypatch):
     """A rank's rows of a matrix cannot be orthogonalised on their own."""
     monkeypatch.setenv('RANK', '0')

@@ -35,7 +35,7 @@ def zeros(checkpoint, names):
 
 @pytest.mark.parametrize('scope', ['global', 'tensor'])
 def test_magnitude_prunes_exactly_that_share(trained, tmp_path, toy, scope):
-    """METHODS §7 fault 11: half asked, half pruned, over all tensors or in each."""
+    """LOG, fault 11: half asked, half pruned, over all tensors or in each."""
     flags = ('--method=magnitude', '--sparsity=0.5', f'--scope={scope}', '--no-sweep_dead_units')
     checkpoint, record = pruned(trained, tmp_path, toy, *flags)
     sizes = {n: m.numel() for n, m in checkpoint['masks'].items()}
@@ -157,7 +157,7 @@ def deep(tmp_path):
                                             ('3b3t', (0, 2, 4, 7, 9, 11)), ('alt', range(0, 12, 2)),
                                             ('distil', (0, 2, 4, 7, 9, 11))])
 def test_a_strategy_keeps_whole_layers(deep, tmp_path, toy, strategy, kept):
-    """METHODS §3: blocks bit for bit, in order; embeddings, norm and head too; parent and layers are named."""
+    """Blocks bit for bit, in order; embeddings, norm and head too; parent and layers are named."""
     path, teacher = deep
     found, record = pruned(path, tmp_path, toy, f'--strategy={strategy}')
     student = runs.load_model(str(tmp_path / 'pruned'))[0]
@@ -188,7 +188,7 @@ def test_all_layers_kept_are_the_teacher(deep, tmp_path, toy):
     (36, '3b3t', (0, 6, 12, 23, 29, 35)), (18, 'alt', (0, 3, 6, 9, 12, 15)), (8, '3l', (0, 2, 5)),
     (6, '6b', (0, 1, 2, 3, 4, 5))])
 def test_other_depths(monkeypatch, n, strategy, kept):
-    """The table of METHODS §3, and evenly spaced layers where it has no entry."""
+    """Li et al.'s table, and evenly spaced layers where it has no entry."""
     monkeypatch.setattr(prune, 'strategy', strategy)
     monkeypatch.setattr(prune, 'layers', '')
     assert tuple(prune.layers_to_keep(n)) == kept
@@ -226,7 +226,7 @@ def test_bad_layers(deep, tmp_path, toy, flags, words):
 
 
 def test_published_sizes():
-    """METHODS §3: GPT-2 small 124.44 M, six layers 81.91 M, three 60.65 M."""
+    """GPT-2 small 124.44 M, six layers 81.91 M, three 60.65 M."""
     gpt2 = dict(block_size=1024, vocab_size=50257, n_embd=768, n_head=12, positions='learned', tied=True)
     sizes = [n_parameters(ModelConfig(n_layer=n, **gpt2)) for n in (12, 6, 3)]
     assert [round(n / 1e6, 2) for n in sizes] == [124.44, 81.91, 60.65]

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_train import THREE_PHASES, assert_resumes
+from test_train import THREE_PHASES, assert_resumes, stop_at
 
 import compress
 import qat
@@ -145,11 +145,60 @@ def test_a_penalty_on_bits_makes_smaller_weights(train_tiny, tmp_path):
     assert sizes[1] < 0.95 * sizes[0]
 
 
+def test_training_goes_through_the_grid(train_tiny, tmp_path, monkeypatch):
+    """Each step sees rounded weights and moves the ones behind them, by no more than its rate; best.pt is rounded."""
+    grids, seen, moved, rates = [], [], [], []
+    real_init, real_round, real_pull, real_forward = (qat.Grid.__init__, qat.Grid.round, qat.Grid.pull, GPT.forward)
+
+    def off_grid(theta, scales):
+        return max(float((p / s - (p / s).round()).abs().max()) for p, s in zip(theta, scales))
+
+    def init(self, named_params, codes):
+        real_init(self, named_params, codes)
+        grids.append(self)
+        self.last = None
+
+    def rounding(self):
+        if self.theta and self.last and len(moved) < 5:
+            moved.append(max(float((p - q).abs().max()) for p, q in zip(self.theta, self.last)))
+        real_round(self)
+        self.last = [p.clone() for p in self.behind]
+
+    def pull(self, theta, grad, state):
+        rates.append(state['bits_rate'])
+        real_pull(self, theta, grad, state)
+
+    def forward(self, *args):
+        if self.training and grids and grids[-1].theta:
+            seen.append(off_grid(grids[-1].theta, grids[-1].scales()))
+        return real_forward(self, *args)
+    for owner, name, spy in ((qat.Grid, '__init__', init), (qat.Grid, 'round', rounding), (qat.Grid, 'pull', pull),
+                             (GPT, 'forward', forward)):
+        monkeypatch.setattr(owner, name, spy)
+    assert train_tiny('--epochs=0', '--max_iters=0', '--epochs_fine_tuning=1', '--bits_lambda=3', *GRID,
+                      '--learning_rate=1e-5', '--norm=rmsnorm') == 0
+    assert len(seen) == len(rates) == 16 and max(seen) < 1e-3
+    assert moved and 0 < max(moved) < 2e-5 < 0.01 * max(float(s.max()) for s in grids[-1].scales())
+    assert rates[0] == pytest.approx(3 * math.log(2) / 4096)
+    best = runs.load_checkpoint(os.path.join(tmp_path, 'run', 'best.pt'))
+    kept = qat.Grid(best['model'], best['grid'])
+    assert off_grid(kept.theta, kept.scales()) < 1e-3
+
+
 @pytest.mark.parametrize('stop', (18, 20))
 def test_resume_is_bit_exact(stop, train_tiny, tmp_path, monkeypatch):
     """Before and inside the phase with a grid: the weights behind it and its codes are what a checkpoint keeps."""
     flags = (*THREE_PHASES, *GRID, '--bits_lambda=1', '--eval_interval=1')
     assert_resumes(flags, stop, train_tiny, tmp_path, monkeypatch)
+
+
+def test_a_grid_cannot_be_changed_by_a_resume(train_tiny, monkeypatch):
+    """Codes are chosen once: other bits on the command line would be recorded, and do nothing."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20)
+        assert train_tiny(*THREE_PHASES) == 85
+    with pytest.raises(UserError, match='qat_bits = 4.0, the checkpoint has 0.0'):
+        train_tiny(*THREE_PHASES, *GRID, '--init_from=resume')
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -56,7 +56,7 @@ def test_weights_alone_go_on_elsewhere(train_tiny, tmp_path):
 
 
 def test_sixteen_runs_that_finish_at_once_all_have_their_row(tmp_path):
-    """METHODS §7 fault 9: a shared runs.csv rewritten by every job keeps 3 of 16 rows."""
+    """LOG, fault 9: a shared runs.csv rewritten by every job keeps 3 of 16 rows."""
     (tmp_path / 'race.py').write_text(FINISH_16_AT_ONCE)
     done = run_script(tmp_path / 'race.py', tmp_path / 'out', tmp_path / 'runs.csv')
     assert done.returncode == 0, done.stderr

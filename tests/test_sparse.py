@@ -129,7 +129,7 @@ class CountOps(TorchDispatchMode):
 
 @pytest.mark.parametrize('name, lean', (('rl1', 0), ('drr', 0), ('pmmp', 0), ('pmmp', 1)))
 def test_edits_launch_as_many_kernels_for_forty_tensors_as_for_two(name, lean):
-    """METHODS §7 fault 8: Python loops over parameters in every step; multi-tensor calls do not grow with the count."""
+    """LOG, fault 8: Python loops over parameters in every step; multi-tensor calls do not grow with the count."""
     counts = []
     for n in (2, 40):
         params = random_params({f'p{i}': (3, 2) for i in range(n)}, torch.float32)
@@ -153,7 +153,7 @@ def test_gamma_is_projected_to_the_unit_interval():
 
 @pytest.mark.parametrize('lean', (False, True))
 def test_pmmp_state_starts_at_theta_and_comes_back_from_a_checkpoint(lean):
-    """METHODS §7 fault 3: a checkpoint without γ, w, u or their optimiser; fault 2: w is a copy of θ as it is now."""
+    """LOG, fault 3: a checkpoint without γ, w, u or their optimiser; fault 2: w is a copy of θ as it is now."""
     params = random_params(dtype=torch.float32)
     make = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0)
     state = pmmp_state(params, 0.3, 0.9, 0.2, make, lean=lean)
@@ -226,7 +226,7 @@ def test_tamade_refuses_what_it_cannot_accept(loss):
 @pytest.mark.parametrize('scope', ('global', 'tensor'))
 @pytest.mark.parametrize('sparsity', (0.0, 0.25, 0.5, 0.8, 1.0))
 def test_magnitude_pruning_is_exact_with_ties(scope, sparsity):
-    """METHODS §7 fault 11: `<= sorted[k]` prunes 75 % where 50 % was asked when values repeat."""
+    """LOG, fault 11: `<= sorted[k]` prunes 75 % where 50 % was asked when values repeat."""
     params = dict(a=torch.nn.Parameter(torch.tensor([[1.0, -1, 1, 1, 2], [1, 1, -2, 2, 1]])),
                   b=torch.nn.Parameter(torch.ones(10)))
     masks = masks_by_magnitude(params, sparsity, scope)
@@ -356,7 +356,7 @@ def test_drop_unused_rows_leaves_a_tied_head_alone():
 # --- sizes ---
 
 def test_model_sizes_are_three_named_numbers():
-    """METHODS §7 fault 6: a model size without indices passed off as the size; nnz4 is kept apart from bits_est."""
+    """LOG, fault 6: a model size without indices passed off as the size; nnz4 is kept apart from bits_est."""
     net = GPT(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=8))
     with torch.no_grad():
         net.embed.weight.zero_()

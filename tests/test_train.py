@@ -1,6 +1,6 @@
 """train.py: phases and schedules, procedures, pruning, resume to the bit, several ranks, bad input.
 
-Most tests run train.main in this process on a model of 42k parameters. METHODS §7 faults are named where tested.
+Most tests run train.main in this process on a model of 42k parameters. LOG, faults are named where tested.
 """
 import csv
 import json
@@ -59,7 +59,7 @@ def K():
 # --- the plan ---
 
 def test_warm_up_then_schedule_over_the_rest():
-    """METHODS §7 fault 7: schedule length ignoring warm-up, so that a cosine ends early or late."""
+    """LOG, fault 7: schedule length ignoring warm-up, so that a cosine ends early or late."""
     knobs('--warmup_iters=10', '--schedule=cosine', '--min_learning_rate_ratio=0.1')
     rates = [plan.rate_at(s, 110, 2.0, K()) for s in range(110)]
     assert [round(r, 9) for r in rates[:10]] == [round(2.0 * (i + 1) / 10, 9) for i in range(10)]
@@ -75,7 +75,7 @@ def test_warm_up_then_schedule_over_the_rest():
 
 
 def test_phases_have_exact_lengths():
-    """METHODS §7 fault 7: off-by-one in batch limits."""
+    """LOG, fault 7: off-by-one in batch limits."""
     knobs('--epochs_prelude=1.5', '--epochs=2', '--epochs_fine_tuning=1', '--stop_epoch_at_batch_fine_tuning=3')
     phases = plan.plan_phases(10, K())
     assert [(p['name'], p['n_steps'], p['epoch_steps'], p['first_step'], p['first_epoch']) for p in phases] == [
@@ -159,7 +159,7 @@ def test_coefficient_matters(name, decoupled, train_tiny, tmp_path):
 
 
 def test_w_starts_at_theta_when_the_main_phase_starts(train_tiny, monkeypatch):
-    """METHODS §7 fault 2: after a prelude PMMP pulls θ back to its random start, w copied at construction."""
+    """LOG, fault 2: after a prelude PMMP pulls θ back to its random start, w copied at construction."""
     starts, first = [], []
     real = sparse.pmmp_state
 
@@ -343,7 +343,7 @@ def plain_losses(text, steps, batch=8, T=32, rate=3e-3):
 
 
 def test_online_description_length_is_the_first_pass_in_bytes(train_tiny, tmp_path):
-    """METHODS §7 fault 6: online length in bits in a column called bytes, and all epochs summed."""
+    """LOG, fault 6: online length in bits in a column called bytes, and all epochs summed."""
     assert train_tiny('--online', '--epochs=3', '--train_only_on_leading_tokens=4001', '--final_train_blocks=0') == 0
     by_hand = plain_losses(make_text(4096)[:4001], 16)
     assert sum(n for _, n in by_hand) == 4001
@@ -357,7 +357,7 @@ def test_online_description_length_is_the_first_pass_in_bytes(train_tiny, tmp_pa
 
 
 def test_final_numbers_are_of_whole_splits(train_tiny, tmp_path):
-    """METHODS §7 fault 5: losses "over the data set" that cover part of it; here against a plain loop over rows."""
+    """LOG, fault 5: losses "over the data set" that cover part of it; here against a plain loop over rows."""
     train_tiny('--max_iters=6', '--train_only_on_leading_tokens=4001')
     record, (net, _) = runs.read_run(tmp_path / 'run'), runs.load_model(str(tmp_path / 'run'))
     for split, name in (('train', 'mean_train_loss'), ('test', 'mean_test_loss'), ('val', 'final_val_loss')):
@@ -440,7 +440,7 @@ def assert_resumes(flags, stop, train_tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('stops', [(3,), (6,), (8,), (10,), (13, 15), (18,), (20,), (21, 22)], ids=str)
 def test_resume_is_bit_exact(stops, train_tiny, tmp_path, monkeypatch, unbroken):
-    """METHODS §7 fault 4: resume replays the first batches or skips data; in every phase, at its ends, at prunings."""
+    """LOG, fault 4: resume replays the first batches or skips data; in every phase, at its ends, at prunings."""
     resume = ()
     for stop in stops:
         with monkeypatch.context() as patch:
@@ -459,7 +459,7 @@ def test_resume_is_bit_exact(stops, train_tiny, tmp_path, monkeypatch, unbroken)
 
 
 def test_time_limit_checkpoint_holds_everything(train_tiny, tmp_path, unbroken, monkeypatch):
-    """METHODS §7 fault 3: the time-limit checkpoint crashes, never triggers, or omits γ, w, u and the mask."""
+    """LOG, fault 3: the time-limit checkpoint crashes, never triggers, or omits γ, w, u and the mask."""
     with monkeypatch.context() as patch:
         real, left = train.rate_at, []
 
@@ -737,7 +737,7 @@ print(peak['small'], peak['large'])
 
 @pytest.mark.parametrize('order', ('permuted',))
 def test_memory_does_not_grow_with_the_data(tmp_path, order):
-    """METHODS §7 fault 8: int64 data copied whole; a 2 GB train.bin must cost at most 50 MB more than one of 10 MB."""
+    """LOG, fault 8: int64 data copied whole; a 2 GB train.bin must cost at most 50 MB more than one of 10 MB."""
     for name, size in (('small', 10 << 20), ('large', 2 << 30)):
         write_dataset(str(tmp_path), name, sizes=(100, 3200, 100))
         os.truncate(tmp_path / name / 'train.bin', size)        # a sparse file: takes no space
@@ -828,7 +828,7 @@ def test_two_ranks_give_the_losses_of_one_process(name, two_ranks):
 
 
 def test_replicas_are_identical_after_200_pmmp_steps(two_ranks):
-    """METHODS §7 fault 1: PMMP replicas drift apart; fault 7: per-rank thresholds in TAMADE give per-rank masks."""
+    """LOG, fault 1: PMMP replicas drift apart; fault 7: per-rank thresholds in TAMADE give per-rank masks."""
     saved = weights_of(two_ranks / 'two' / 'long')
     zero, one = (dict(zip(saved, torch.load(two_ranks / 'two' / 'long' / f'long-theta-{r}.pt'), strict=True))
                  for r in (0, 1))
@@ -840,7 +840,7 @@ def test_replicas_are_identical_after_200_pmmp_steps(two_ranks):
 
 @pytest.mark.parametrize('name', ('pmmp', 'long'))
 def test_w_equals_theta_on_every_rank_at_the_start_of_main(name, two_ranks):
-    """METHODS §7 faults 1 and 2: w copied from a per-rank random init, or before the prelude."""
+    """LOG, faults 1 and 2: w copied from a per-rank random init, or before the prelude."""
     starts = [torch.load(two_ranks / 'two' / name / f'{name}-start-{r}.pt') for r in (0, 1)]
     assert same(starts[0]['w'], starts[0]['theta']) and same(starts[1]['w'], starts[1]['theta'])
     assert same(starts[0], starts[1])
