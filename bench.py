@@ -288,7 +288,7 @@ def bench_evaluation(env):
         with torch.no_grad(), env.autocast():
             return sum(F.cross_entropy(model(env.put(x[i:i + 1]))[0], env.put(y[i])).item() for i in range(len(x)))
     steps = {'a row at a time': plain} | {
-        f'{rows} rows': lambda rows=rows: score.evaluate(model, data, T, rows, env) for rows in (1, score.rows_per_forward(T))}
+        f'{n} rows': lambda n=n: score.evaluate(model, data, T, n, env) for n in (1, score.rows_per_forward(T))}
     return ratio_rows(interleave(steps, pairs, env), 'a row at a time', data.n_tokens, f'transformer800k, T {T}')
 
 

@@ -68,6 +68,8 @@ class Env:
     def __init__(self, device='auto', dtype='auto'):
         import torch
         import torch.distributed as dist
+
+        from cpu import keep_freed_memory
         self.torch, self.dist = torch, dist
         require(one_of('device', device, ('auto', 'cuda', 'mps', 'cpu')),
                 one_of('dtype', dtype, ('auto', 'bfloat16', 'float16', 'float32')))
@@ -80,6 +82,8 @@ class Env:
         self.main = self.rank == 0
         if self.kind == 'cuda':
             torch.cuda.set_device(self.local_rank)
+        if self.kind == 'cpu':
+            keep_freed_memory()
         self.device = torch.device(self.kind, self.local_rank) if self.kind == 'cuda' else torch.device(self.kind)
         self.distributed = 'RANK' in os.environ
         missing = [v for v in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if v not in os.environ]

@@ -1,7 +1,10 @@
-"""The CPU's own linear layer and blocked attention against torch's, values and gradients."""
+"""The CPU's own linear layer and blocked attention against torch's, values and gradients; memory that is kept."""
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_script
 
 import cpu
 
@@ -72,3 +75,22 @@ def test_a_length_first_scored_can_be_trained():
         cpu.causal_attention(q, k, v)
     cpu.causal_attention(q, k, v).sum().backward()
     assert v.grad is not None
+
+
+KEPT = """
+import sys, torch, runs
+if sys.argv[1] == 'kept':
+    runs.Env('cpu', 'float32')
+before = runs.rss_anon_bytes()
+x = torch.ones(1 << 24)
+del x
+print(runs.rss_anon_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='glibc has mallopt')
+def test_freed_memory_is_kept_for_the_next_step(tmp_path):
+    """64 MiB given back to the kernel are cleared page by page when they are asked for again, in every step."""
+    (tmp_path / 'kept.py').write_text(KEPT)
+    kept, returned = (int(run_script(tmp_path / 'kept.py', name).stdout) for name in ('kept', 'returned'))
+    assert kept > 60 << 20 > 8 << 20 > returned
