@@ -38,7 +38,7 @@ lint: .venv/dev
 bench: .venv/run
 	$(PY) bench.py procedures
 	$(PY) bench.py plain --threads=1 --pairs=40
-	for area in mixer mixture data evaluation; do $(PY) bench.py $$area --threads=1 || exit 1; done
+	for area in mixer mixture data evaluation distil; do $(PY) bench.py $$area --threads=1 || exit 1; done
 	$(PY) bench.py codec $(DEMO) data/sample/test.bin --weight_bits=6
 
 clean:

@@ -98,6 +98,8 @@ def fisher(model, head, x, uniforms, micro):
     """
     import torch
     from torch.nn import functional as F
+
+    from cpu import linear
     layers, taken = fisher_layers(model), {}
     position = getattr(model, 'position', None)
 
@@ -117,7 +119,7 @@ def fisher(model, head, x, uniforms, micro):
     handles = [m.register_forward_hook(hook) for _, m in layers if m is not position]
     try:
         for i in range(0, len(x), micro):
-            logits = model.hidden(x[i:i + micro]) @ head.T                      # (B, T, V)
+            logits = linear(model.hidden(x[i:i + micro]), head)                 # (B, T, V)
             with torch.no_grad():
                 steps = logits.softmax(-1).cumsum(-1)
                 level = (uniforms[i:i + micro] * steps[..., -1])[..., None]
@@ -134,13 +136,15 @@ def fit_head(model, x, y, micro, generator):
     """Return the model's head (V, C) after head_epochs passes over a batch; the body is frozen, so its states serve."""
     import torch
     from torch.nn import functional as F
+
+    from cpu import linear
     with torch.no_grad():
         states = torch.cat([model.hidden(x[i:i + micro]) for i in range(0, len(x), micro)])     # (n, T, C)
     head = model.head.weight.detach().clone().requires_grad_()                  # untied from the embedding
     optimizer = torch.optim.AdamW([head], lr=head_learning_rate, weight_decay=0.0)
     for _ in range(head_epochs):
         for rows in torch.randperm(len(x), generator=generator).to(x.device).split(head_batch_size):
-            loss = F.cross_entropy((states[rows] @ head.T).flatten(0, 1), y[rows].flatten(), ignore_index=-1)
+            loss = F.cross_entropy(linear(states[rows], head).flatten(0, 1), y[rows].flatten(), ignore_index=-1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
