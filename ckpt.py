@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 from bins import sha256_file
-from configurator import UserError, require
+from configurator import UserError, knobs_of, require
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
 
@@ -139,17 +139,17 @@ def load_weights(model, checkpoint, path):
     model.load_state_dict(checkpoint['model'])
 
 
-# what checkpoints did that lack these knobs
-BEFORE = dict(matrix_optimizer='adamw', muon_rate_ratio=1.0, pmmp_state='exact', qat_bits=0.0)
+def check_resume(start, path, data, config, fixed, script):
+    """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`.
 
-
-def check_resume(start, path, data, config, fixed):
-    """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`."""
+    A checkpoint older than a knob of the script (its path) did what the knob's default does.
+    """
+    had = knobs_of(script)[0] | start['config']
     require(*((start['data'][key] == data[key], f'cannot resume: {key} is {data[key]!r}, the checkpoint has'
                f' {start["data"][key]!r}; use the original one, or init_from={path} for a new run')
               for key in ('sha256', 'start_id')),
-            *((old == config[key], f'cannot resume: {key} = {config[key]!r}, the checkpoint has {old!r}')
-              for key in fixed for old in [start['config'].get(key, BEFORE.get(key, config[key]))]))
+            *((had[key] == config[key], f'cannot resume: {key} = {config[key]!r}, the checkpoint has {had[key]!r}')
+              for key in fixed))
 
 
 def weights_alone(checkpoint):

@@ -193,7 +193,7 @@ def main(argv=None):
     if start:
         runs.load_weights(student, start, parent)
     if resume:
-        runs.check_resume(start, path, data_facts, config, FIXED)
+        runs.check_resume(start, path, data_facts, config, FIXED, __file__)
         require((start['teacher']['sha256'] == teacher_facts['sha256'],
                  f'cannot resume: {teacher} is another teacher than the one the run began with'))
     if freeze_positions and student.position is not None:
@@ -361,7 +361,7 @@ def main(argv=None):
     # the end: the checkpoint, then numbers from sums over the whole test split; a signal now leaves them to a resume
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
         save()
-    signals.act_at_once(lambda: (record.update(status='paused'), os._exit(runs.PAUSED)))
+    signals.leave_at_once(record)
     sizes = sparse.model_sizes(student.parameters())
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from mixers import unfold
 from tables import ACTIVATION_ENTRIES, EXP_STEPS, activation_table, exp_table, rotation_table
 
 FREQUENCY_TOP = 1 << 24                         # frequency of the likeliest symbol; every symbol has at least 1
@@ -90,8 +91,7 @@ def sites_of(args):
 
 def triangles(q, n):
     """Unfold a mixer's folded triangles (mixers.Triangles), (G·n/2, n + 1) -> (G, n, n)."""
-    folded = q.reshape(-1, n // 2, n + 1)
-    return np.tril(np.concatenate((folded[:, :, ::-1][:, :, :n], np.tril(folded[:, ::-1, :n], n // 2)), 1))
+    return unfold(torch.from_numpy(q).reshape(-1, n // 2, n + 1)).numpy()
 
 
 # --- the device ---

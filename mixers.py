@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from cpu import Linear, linear
 
 
+def unfold(folded):
+    """Return the triangles (..., n, n) of folded ones (..., n/2, n + 1), zeros above the diagonal; see Triangles."""
+    n = folded.size(-1) - 1
+    low = folded[..., :n].flip(-2).tril(n // 2)
+    high = folded.flip(-1)[..., :n].tril()
+    return torch.cat((high, low), -2)
+
+
 class Triangles(nn.Module):
     """`groups` mixings of n positions, x (B, G, T, D) -> (B, G, T, D), T <= n: kernel lower triangular matrices each.
 
@@ -25,10 +33,7 @@ class Triangles(nn.Module):
 
     def matrices(self):
         """Return the matrices (G, kernel, n, n); [.., i, j] is the weight of position j for position i."""
-        n, folded = self.n, self.weight.view(self.groups, self.kernel, self.n // 2, self.n + 1)
-        low = folded[..., :n].flip(2).tril(n // 2)
-        high = folded.flip(3)[..., :n].tril()
-        return torch.cat((high, low), 2)
+        return unfold(self.weight.view(self.groups, self.kernel, self.n // 2, self.n + 1))
 
     def forward(self, x, start=0):
         """Mix x and return the positions from start on."""

@@ -26,6 +26,7 @@ from archive import CODED, DAMAGED, ONLINE, STORED, Bar, arithmetic_hash, read_i
 from bins import NEWLINE, key_of, mix64
 from configurator import UserError, at_least, require
 from model import ModelConfig, build
+from muon import is_muons
 from runs import cpu_name
 
 PARTS = 2                                       # of a batch: part of the format, since float sums depend on it
@@ -86,7 +87,7 @@ class Learner:
         self.params = [list(m.parameters()) for m in self.models]
         self.spread()
         main = self.models[0]
-        muon = {n: p.dim() == 2 and n.startswith('blocks.') and '.mix.' not in n for n, p in main.named_parameters()}
+        muon = {n: is_muons(n, p) and '.mix.' not in n for n, p in main.named_parameters()}
         self.matrices, rest = ([p for n, p in main.named_parameters() if muon[n] == k] for k in (True, False))
         self.momentum = [torch.zeros_like(p) for p in self.matrices]
         self.adam = torch.optim.Adam(rest, lr=settings['learning_rate'], betas=(0.9, 0.99), foreach=True)

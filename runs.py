@@ -137,26 +137,31 @@ class StopSignals:
     """Remember SIGTERM, SIGUSR1 and the end of max_runtime (seconds from now; 0 = none) for the next step boundary."""
 
     def __init__(self, max_runtime=0.0):
-        self.received, self.then = '', None                 # then: what to do at once instead of only remembering
+        self.received, self.ending = '', None               # ending: the run to leave at once instead
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
             signal.signal(number, self._remember)
         signal.setitimer(signal.ITIMER_REAL, max(max_runtime, 1e-6) if max_runtime else 0)
 
     def _remember(self, number, frame):
         self.received = 'max_runtime' if number == signal.SIGALRM else number
-        if self.then:
-            self.then()
+        if self.ending:
+            self.leave(self.ending)
 
-    def act_at_once(self, action):
-        """From now on do action when one comes, and now if one came already."""
-        self.then = action
+    def leave(self, record):
+        """Leave a run, its RunRecord marked as paused."""
+        record.update(status='paused')
+        os._exit(PAUSED)
+
+    def leave_at_once(self, record):
+        """From now on leave the run when one comes, and now if one came already."""
+        self.ending = record
         if self.received:
-            action()
+            self.leave(record)
 
     def close(self):
         """Nothing is left that a signal could cut short."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self.then = None
+        self.ending = None
 
 
 # --- run folder ---

@@ -123,7 +123,7 @@ def pmmp_edit(theta, grad, state):
     if 'w' not in state:
         return _pmmp_lean_edit(theta, grad, state)
     w, gamma, u = state['w'], state['gamma'], state['u']
-    grad_w, grad_gamma, grad_u = state['grads']
+    grad_w, grad_gamma, grad_u = ([t.grad for t in tensors] for tensors in (w, gamma, u))
     w_gamma = torch._foreach_mul(w, gamma)
     gap = torch._foreach_sub(theta, w_gamma)                            # d = θ - wγ
     torch._foreach_addcmul_(grad, u, gap, value=2.0)
@@ -212,7 +212,6 @@ def pmmp_state(params, alpha, initial_p, initial_u, make_optimizer, saved=None, 
             if saved:
                 tensor.copy_(part(saved[key][name], params[name]))
             tensor.grad = None if lean else torch.zeros_like(tensor)
-    state['grads'] = [[t.grad for t in state[key]] for key in keys]
     state['optimizer'] = (SignStep if lean else make_optimizer)([t for key in keys for t in state[key]])
     if saved:
         load_optimizer(state['optimizer'], saved['optimizer'], len(keys) * state['theta'])

@@ -235,7 +235,7 @@ def main(argv=None):
         fixed = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise',
                  'train_only_on_leading_tokens', 'online', 'loss_on', 'objective', 'freeze_encoder',
                  'matrix_optimizer', 'muon_rate_ratio', 'pmmp_state', 'qat_bits', 'weight_decay', 'beta1', 'beta2')
-        runs.check_resume(start, path, data_facts, config, fixed)
+        runs.check_resume(start, path, data_facts, config, fixed, __file__)
     raw_model.recompute, raw_model.left_padding = activation_checkpointing, train_data.padded
     model_step, set_sync = parallel.parallelise(raw_model, env, compile, shard, cpu_offload)
     named_params = {n: parallel.local(p) for n, p in raw_model.named_parameters()}      # of this rank, from here on
@@ -519,7 +519,7 @@ def main(argv=None):
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
         grid.round()
         save(phases[-1])
-    signals.act_at_once(lambda: (record.update(status='paused'), os._exit(runs.PAUSED)))
+    signals.leave_at_once(record)
     sizes = sparse.model_sizes(parallel.full(p, p) for p in named_params.values())
     totals = dict(final_train_loss=counters['final_train_loss'], final_val_loss=counters['final_val_loss'],
                   epsilon=counters['epsilon'], model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],

@@ -47,10 +47,9 @@ def shapes(args):
     kind, n = args.get('block_type', 'attention'), args['block_size']
     mixed = (args['n_head'] if kind == 'multihead_mixer' else 1) * max(1, args.get('expansion', 0))
     mix = {f'mixer.{key}': (mixed * n // 2, n + 1) for key in ('mix', 'mix_down')[:1 + bool(args.get('expansion'))]}
-    matrices = {'attention.qkv': (3 * c, c), 'attention.proj': (c, c)} if kind == 'attention' else {
-        'mixer.heads': (c, c), **mix, 'mixer.proj': (c, c)}         # triangles are folded
-    matrices = dict(mix) if kind == 'mixer' else matrices
-    matrices.update({'feed_forward.up': (4 * c, c), 'feed_forward.down': (c, 4 * c)})
+    matrices = {'attention': {'attention.qkv': (3 * c, c), 'attention.proj': (c, c)}, 'mixer': mix,   # mix: folded
+                'multihead_mixer': {'mixer.heads': (c, c), **mix, 'mixer.proj': (c, c)}}[kind]
+    matrices = {**matrices, 'feed_forward.up': (4 * c, c), 'feed_forward.down': (c, 4 * c)}
     out = {'embed.weight': (v, c)}
     if args['positions'] == 'learned':
         out['position.weight'] = (n, c)
@@ -83,10 +82,10 @@ def fold(state, args):
     w = {n: t.detach().double().cpu().numpy() for n, t in state.items()}
     if args['tied']:
         w.pop('head.weight', None)
+    into = {'attention': {'norm1': 'attention.qkv'}, 'mixer': {},   # a flat mixer's norm1 keeps its gain and bias
+            'multihead_mixer': {'norm1': 'mixer.heads'}}[args.get('block_type', 'attention')]
     for i in range(args['n_layer']):
-        first = {'attention': 'attention.qkv', 'mixer': '', 'multihead_mixer': 'mixer.heads'}
-        first = first[args.get('block_type', 'attention')]          # a flat mixer's norm keeps its gain and bias
-        for norm, key in (('norm1', first), ('norm2', 'feed_forward.up'))[not first:]:
+        for norm, key in {**into, 'norm2': 'feed_forward.up'}.items():
             name, gain = f'blocks.{i}.{key}.', w.pop(f'blocks.{i}.{norm}.weight')
             shift = w.pop(f'blocks.{i}.{norm}.bias', None)
             if shift is not None:
