@@ -396,6 +396,7 @@ def main(argv=None):
             return runs.PAUSED
         rows.append(row)
         record.update(rows=rows)
+    env.barrier()                                                       # the first rank to go may end the others
     env.close()
     if env.main:
         columns = SHOWN if mode == 'information' else SHOWN_ENTROPY
