@@ -36,10 +36,10 @@ lint: .venv/dev
 	.venv/bin/ruff check .
 
 bench: .venv/run
-	$(PY) bench.py procedures
-	$(PY) bench.py plain --threads=1 --pairs=40
-	for area in mixer mixture data evaluation distil; do $(PY) bench.py $$area --threads=1 || exit 1; done
-	$(PY) bench.py codec $(DEMO) data/sample/test.bin --weight_bits=6
+	$(PY) -m lab.bench procedures
+	$(PY) -m lab.bench plain --threads=1 --pairs=40
+	for area in mixer mixture data evaluation distil; do $(PY) -m lab.bench $$area --threads=1 || exit 1; done
+	$(PY) -m lab.bench codec $(DEMO) data/sample/test.bin --weight_bits=6
 
 clean:
 	rm -rf .venv out data/sample runs.csv

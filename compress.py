@@ -83,7 +83,7 @@ def float_bits(model, x, y):
 
 def choose_weights(model, checkpoint, ids, start_id, say):
     """Quantise a GPT for ids: returns (tensors, section bytes, sample inputs, bits per symbol at each position)."""
-    import weights
+    from codec import weights
     args = checkpoint['model_args']
     folded = weights.fold(checkpoint['model'], args)
     broken = [n for n, w in folded.items() if not np.isfinite(w).all()]
@@ -146,10 +146,8 @@ def pack(checkpoint_path, path, out, say):
     """Write the two-part archive of a file under a checkpoint's model to out; returns (original, computed bytes)."""
     import torch
 
-    import exact
-    import gpt2
-    import weights
-    from archive import (
+    from codec import exact, weights
+    from codec.container import (
         CODED,
         STORED,
         TWO_PART,
@@ -163,13 +161,14 @@ def pack(checkpoint_path, path, out, say):
     )
     from model import build
     from runs import load_checkpoint
+    from training import huggingface
     checkpoint = load_checkpoint(checkpoint_path)
     args, data = dict(checkpoint['model_args'], dropout=0.0), checkpoint.get('data') or {}
     exact.check_covered(args)
     raw = read_input(path)
     name, start_id = tokenizer or data.get('tokenizer') or 'byte', int(data.get('start_id', 10))
     found = tokenizer or name in ('byte', 'gpt2') or os.path.isfile(name)
-    own = '' if found else gpt2.tokenizer_folder(checkpoint)                    # of the run's data set
+    own = '' if found else huggingface.tokenizer_folder(checkpoint)                    # of the run's data set
     ids, strings = tokenize(raw, os.path.join(own, 'tokenizer.json') if own else name)
     if len(ids) and int(ids.max()) >= args['vocab_size']:
         raise UserError(f'the file has id {int(ids.max())}, the model {args["vocab_size"]}; use its own tokenizer')
@@ -221,9 +220,8 @@ def load_model(head, sections):
     """Build the integer model of an archive; a shape that its weights cannot fill is refused before memory is taken."""
     import torch
 
-    import exact
-    import weights
-    from archive import DAMAGED, arithmetic_hash
+    from codec import exact, weights
+    from codec.container import DAMAGED, arithmetic_hash
     from model import ModelConfig
     args, n_streams = head['args'], head['streams']
     ModelConfig(**args)
@@ -245,7 +243,7 @@ def load_model(head, sections):
 
 def decode_blocks(head, table, sections, verb):
     """Yield the bytes of each block of a two-part archive, checked against its CRC."""
-    from archive import DAMAGED, STORED, Bar, Lanes, byte_strings, pack_strings, unpack_strings
+    from codec.container import DAMAGED, STORED, Bar, Lanes, byte_strings, pack_strings, unpack_strings
     strings, lanes, at, done, bar = None, None, 0, 0, Bar(verb, head['bytes'], progress)
     if 'tokn' in sections:
         strings = unpack_strings(sections['tokn'])
@@ -274,11 +272,11 @@ def decode_blocks(head, table, sections, verb):
 
 def decoded(path, verb):
     """Yield the blocks of an archive; after the last its SHA-256 has been checked. Whatever is wrong is a UserError."""
-    from archive import DAMAGED, ONLINE, read_archive, read_input
+    from codec.container import DAMAGED, ONLINE, read_archive, read_input
     try:
         kind, head, table, sections = read_archive(read_input(path), path)
         if kind == ONLINE:
-            import online
+            from codec import online
             blocks = online.decode_blocks(head, table, sections, progress, state)
         else:
             blocks = decode_blocks(head, table, sections, verb)
@@ -298,7 +296,7 @@ def decoded(path, verb):
 
 def compare(archive_path, path):
     """Decode an archive and compare it with a file; returns the number of bytes."""
-    from archive import read_input
+    from codec.container import read_input
     raw, n = read_input(path), 0
     for text in decoded(archive_path, 'verify'):
         if raw[n:n + len(text)] != text:
@@ -320,7 +318,7 @@ def verify_in_fresh_process(archive_path, path, raw):
 
 def info(path):
     """Print what an archive holds."""
-    from archive import CODED, ONLINE, read_archive, read_input
+    from codec.container import CODED, ONLINE, read_archive, read_input
     raw = read_input(path)
     kind, head, table, sections = read_archive(raw, path)
     rows = [('kind', 'online' if kind == ONLINE else 'two-part'),
@@ -329,7 +327,7 @@ def info(path):
             ('blocks', f'{len(table)}, {sum(b[0] == CODED for b in table)} coded by the model')]
     rows += [(f'section {n}', f'{len(s):,} bytes') for n, s in sections.items()]
     if 'wght' in sections:
-        import weights
+        from codec import weights
         tensors = weights.decode(sections['wght'], head['args'])
         n, nonzero = sum(q.size for q, _ in tensors.values()), sum(int((q != 0).sum()) for q, _ in tensors.values())
         bits = 8 * len(sections['wght'])
@@ -348,7 +346,7 @@ def main(argv=None):
             at_least('streams_at_once', streams_at_once, 0), at_least('sample_rows', sample_rows, 1),
             at_least('keep', keep, 0), at_least('weight_bits', weight_bits, 0),
             (0 < block_bytes <= 1 << 24, f'block_bytes = {block_bytes}, expected 1 to {1 << 24}'))
-    from archive import Output  # torch is imported only once an archive has passed its checks
+    from codec.container import Output  # torch is imported only once an archive has passed its checks
     started = time.time()
 
     def say(text):
@@ -364,7 +362,7 @@ def main(argv=None):
             if verb == 'pack':
                 raw, computed = pack(*paths[:2], out, say)
             else:
-                import online
+                from codec import online
                 raw, computed = online.encode(paths[0], out, config, state)
             summary(len(raw), f'{out.size:,} bytes, {8 * out.size / max(1, len(raw)):.4f} bits per byte '
                               f'(code length {computed:,.0f}) for ')

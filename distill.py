@@ -14,7 +14,7 @@ import time
 from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, one_of, require, run
-from plan import LN2, batch_rules, optimizer_rules, plan_phases, print_plan, rate_at
+from training.plan import LN2, batch_rules, optimizer_rules, plan_phases, print_plan, rate_at
 
 # -----------------------------------------------------------------------------
 # run
@@ -143,14 +143,13 @@ def main(argv=None):
     check_knobs(k, n_ranks)
     import torch
 
-    import curves
     import losses
-    import parallel
     import runs
     import score
     import sparse
-    from bins import batch_starts, key_of, n_blocks, open_bin, read_meta, split_names
+    from corpus.bins import batch_starts, key_of, n_blocks, open_bin, read_meta, split_names
     from model import GPT, ModelConfig, config_from_knobs, flops_per_token, model_args, optimizer_groups
+    from training import curves, parallel
     if check:
         try:
             meta = read_meta(data_dir, dataset)

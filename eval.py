@@ -199,7 +199,7 @@ def context_of(length):
 
 def own_sets(checkpoint):
     """Names of the data sets that a checkpoint was trained on: the sources of a mixture, none where it does not say."""
-    from mixture import parse_mix
+    from corpus.mixture import parse_mix
     return list(parse_mix(checkpoint['data']['dataset'])) if checkpoint['data']['dataset'] else []
 
 
@@ -220,7 +220,7 @@ def check_fit(path, checkpoint, data, length=0):
 
 def read_archive_facts(path):
     """Return what an archive on disk is: its path, its size, and the size and SHA-256 of the text that it holds."""
-    from archive import read_archive
+    from codec.container import read_archive
     with open(path, 'rb') as f:
         head = read_archive(f.read(), path)[1]
     return dict(path=path, size=os.path.getsize(path), text_bytes=head['bytes'], sha256=head['sha256'])
@@ -252,7 +252,7 @@ def model_rows(path, bins, packed, env):
     import runs
     import score
     import sparse
-    from encoders import with_objective
+    from corpus.objectives import with_objective
     model, checkpoint = runs.load_model(path, env.device)
     sizes, length = sparse.model_sizes(model.parameters()), block_size or model.config.block_size
     for (name, part), data in bins.items():
@@ -322,7 +322,7 @@ def main(argv=None):
             *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py online FILE {p}')
               for p in online))
     import runs
-    from bins import open_bin
+    from corpus.bins import open_bin
     from pairs import open_pairs
     env = runs.Env(device, dtype)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cpu import linear
+from model import linear
 
 TERMS = ('clm', 'ce', 'mse', 'cos', 'hidden')
 

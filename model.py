@@ -4,8 +4,9 @@ Pre-norm decoder: x += attention(norm(x)); x += feed_forward(norm(x)); final nor
 learned, rotary), norm, activation, tied head, bias, QK-norm. Shape legend: B batch, T time, C channels, H heads, D head
 width, V vocabulary.
 """
+import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -13,8 +14,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, at_least, one_of, require
-from cpu import Linear, causal_attention
-from mixers import Mixer
 
 SIZES = {                               # arXiv 2505.17469: bytes, feed-forward 4d, untied head, sinusoidal positions
     'transformer200k': dict(n_embd=64, n_head=4, n_layer=4, block_size=2048),
@@ -109,6 +108,160 @@ def config_from_knobs(knobs, vocab_size):
     return ModelConfig(vocab_size=vocab_size, **size, **options)
 
 
+# --- linear layers and attention, as a CPU computes them fastest ---
+# torch multiplies float32 matrices with MKL, which stays at AVX2 on AMD processors: 103 GFLOP/s on one Zen 5 core,
+# where oneDNN, which every x86 build of torch holds, reaches 250. And its attention skips masked keys in blocks of 512
+# only.
+# Both differ from the defaults by rounding alone; neither is used under torch.compile.
+
+ENOUGH, ROWS = 1 << 13, 64              # oneDNN's call takes 13 us: it pays for larger weights and from so many rows
+QUERIES, LONGEST = 128, 1024            # queries of a block of attention; up to this length blocks are faster
+
+
+@functools.lru_cache(None)
+def onednn():
+    """oneDNN's linear layer f(x, weight, bias, 'none', [], ''), or None where it is missing or no faster."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        return None
+    return getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+
+
+class _Product(torch.autograd.Function):
+    """x (..., K) times weight (N, K) transposed, plus bias (N,) or None, and its gradients, by three calls."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn()(x, weight, bias, 'none', [], '')
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad, needed, product = grad.reshape(-1, grad.size(-1)), ctx.needs_input_grad, onednn()
+        return (product(grad, weight.t(), None, 'none', [], '').view_as(x) if needed[0] else None,
+                product(grad.t(), x.reshape(-1, x.size(-1)).t(), None, 'none', [], '') if needed[1] else None,
+                grad.sum(0) if needed[2] else None)
+
+
+def linear(x, weight, bias=None):
+    """F.linear, through oneDNN where that is faster."""
+    unfit = weight.numel() <= ENOUGH or x.numel() < ROWS * x.size(-1) or x.size(-1) % 16        # 16: whole vectors
+    if unfit or x.device.type != 'cpu' or x.dtype != torch.float32 or onednn() is None \
+            or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+@functools.lru_cache(8)
+def _masks(length):
+    """For each block of queries but the first, what is added to its scores against the keys up to its own last one."""
+    with torch.inference_mode(False):                   # the first to ask may be scoring, the next one training
+        seen = torch.zeros(length, length).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        return [seen[i:i + QUERIES, :i + QUERIES] for i in range(QUERIES, length, QUERIES)]
+
+
+def causal_attention(q, k, v, dropout=0.0):
+    """Attention (B, H, T, D) of each position to itself and those before it; on a CPU in blocks of queries."""
+    T = q.size(2)
+    if q.device.type != 'cpu' or not QUERIES < T <= LONGEST or dropout or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+    found = [F.scaled_dot_product_attention(*(x[:, :, :QUERIES] for x in (q, k, v)), is_causal=True)]
+    for i, mask in zip(range(QUERIES, T, QUERIES), _masks(T)):
+        stop = i + QUERIES
+        found.append(F.scaled_dot_product_attention(q[:, :, i:stop], k[:, :, :stop], v[:, :, :stop], mask.to(q.dtype)))
+    return torch.cat(found, 2)
+
+
+# --- the masked mixer: causal mixing of tokens by learned matrices instead of attention (Badger, arXiv 2409.01482) ---
+# Position i of the output is a weighted sum of positions 0 to i, with weights that do not depend on the input; the
+# tokens are the channels of a convolution over the features. Entries above the diagonal are no weights: they are not
+# stored.
+
+def unfold(folded):
+    """Return the triangles (..., n, n) of folded ones (..., n/2, n + 1), zeros above the diagonal; see Triangles."""
+    n = folded.size(-1) - 1
+    low = folded[..., :n].flip(-2).tril(n // 2)
+    high = folded.flip(-1)[..., :n].tril()
+    return torch.cat((high, low), -2)
+
+
+class Triangles(nn.Module):
+    """`groups` mixings of n positions, x (B, G, T, D) -> (B, G, T, D), T <= n: kernel lower triangular matrices each.
+
+    weight (G·kernel·n/2, n + 1): the triangles, folded. Row r of a folded triangle holds row n - 1 - r of the matrix
+    from the left and row r from the right, reversed: together n + 1 entries. bias (G·n,): one per position.
+    """
+
+    def __init__(self, n, groups=1, kernel=1, bias=True):
+        super().__init__()
+        self.n, self.groups, self.kernel = n, groups, kernel
+        self.weight = nn.Parameter(torch.empty(groups * kernel * n // 2, n + 1))
+        self.bias = nn.Parameter(torch.empty(groups * n)) if bias else None
+
+    def matrices(self):
+        """Return the matrices (G, kernel, n, n); [.., i, j] is the weight of position j for position i."""
+        return unfold(self.weight.view(self.groups, self.kernel, self.n // 2, self.n + 1))
+
+    def forward(self, x, start=0):
+        """Mix x and return the positions from start on."""
+        B, G, T, D = x.shape
+        weight = self.matrices()[:, :, start:T, :T]
+        bias = None if self.bias is None else self.bias.view(G, self.n)[:, start:T]
+        if self.kernel > 1:
+            y = F.conv1d(x.reshape(B, G * T, D), weight.permute(0, 2, 3, 1).flatten(0, 1),
+                         None if bias is None else bias.flatten(), padding=self.kernel // 2, groups=G)
+            return y.view(B, G, T - start, D)
+        if G == 1:                              # one product for the whole batch: features are its rows
+            y = linear(x[:, 0].transpose(1, 2), weight[0, 0], None if bias is None else bias[0])
+            return y.transpose(1, 2)[:, None]
+        y = weight[:, 0] @ x
+        return y if bias is None else y + bias[:, :, None]
+
+
+class Mixer(nn.Module):
+    """What takes attention's place in a block: x (B, T, C) -> (B, T, C).
+
+    With several heads each has its own C/H features of a projection and its own matrix, and a projection follows.
+    Expanded by e, each position has e hidden values per feature: mix, GELU, mix, sum.
+    """
+
+    def __init__(self, n, width, n_head=1, kernel=1, expansion=0, bias=True):
+        super().__init__()
+        self.n_head, self.expansion = n_head, expansion
+        self.heads, self.proj = (Linear(width, width, bias=bias) if n_head > 1 else None for _ in range(2))
+        self.mix = Triangles(n, n_head * max(expansion, 1), kernel, bias)
+        self.mix_down = Triangles(n, n_head * expansion, kernel, bias) if expansion else None
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        if self.heads:
+            x = self.heads(x)
+        x = x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)         # (B, H, T, D)
+        if self.expansion:
+            x = x.repeat_interleave(self.expansion, 1)
+        start = 0
+        if cache is not None:                                                   # earlier inputs of the mixings
+            start = cache[0].size(2) if cache else 0
+            x = torch.cat((cache[0], x), 2) if start else x
+            cache[0:1] = [x]
+        y = self.mix(x, start)
+        if self.expansion:
+            y = F.gelu(y)
+            if cache is not None:
+                y = torch.cat((cache[1], y), 2) if start else y
+                cache[1:2] = [y]
+            y = self.mix_down(y, start).view(B, self.n_head, self.expansion, T, C // self.n_head).sum(2)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.proj(y) if self.heads else y
+
+
+# --- the transformer ---
+
 def sinusoids(n_positions, n_embd):
     """Return the (T, C) table of Vaswani et al. 2017 §3.5: sines in even channels, cosines in odd ones."""
     angle = torch.arange(n_positions, dtype=torch.float64)[:, None] * torch.exp(
@@ -193,7 +346,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedding, blocks and norm: what a language model and an encoder (encoders.py) share."""
+    """Embedding, blocks and norm: what a language model and an encoder share."""
 
     def __init__(self, config):
         super().__init__()
@@ -292,10 +445,129 @@ class GPT(Stack):
         return [[] for _ in self.blocks]
 
 
+# --- models with an encoder: an autoencoder, a decoder with an oracle's memory, a memory model of chunks ---
+# The encoder reads a row and leaves one vector, the state of its last position; a causal decoder, which is the model
+# itself, works from it (Badger, arXiv 2511.10618, 2602.13466). These models take the tokens of a row as they are, not
+# the ones before them: corpus/objectives.py makes such rows, and rows for copying, of any data set.
+
+class WithEncoder(GPT):
+    """A decoder with `encoder`, a stack of its own; encoder_length, decoder_length: positions of each."""
+
+    def __init__(self, config, encoder_length, decoder_length):
+        super().__init__(replace(config, block_size=decoder_length, wrapper=''))
+        self.config, c = config, config.n_embd
+        self.encoder = self.narrow = self.widen = None
+        if config.memory != 'none' or config.wrapper == 'autoencoder':
+            self.encoder = Stack(replace(config, block_size=encoder_length, wrapper='',
+                                         n_layer=config.n_layer_encoder or config.n_layer))
+            if config.bottleneck:
+                self.narrow = Linear(c, config.bottleneck, bias=config.bias)
+                self.widen = Linear(config.bottleneck, c, bias=config.bias)
+
+    def check(self, x):
+        """Refuse rows of another length than the model is built for."""
+        n = self.config.block_size
+        require((x.size(1) == n, f'rows of {x.size(1)} tokens, this model takes {n}: its encoder reads whole rows; use'
+                 f' --block_size={n}, or another checkpoint'))
+        return x
+
+    def encode(self, x):
+        """Return what is left of rows of ids (B, T): a vector (B, C), or (B, bottleneck)."""
+        vector = self.encoder.hidden(x)[:, -1]
+        return self.narrow(vector) if self.narrow else vector
+
+    def new_cache(self):
+        raise UserError(f'wrapper = {self.config.wrapper!r} reads whole rows and cannot generate text token by token')
+
+    def given(self, vector):
+        """The vector as the decoder sees it, (B, C)."""
+        return self.widen(vector) if self.widen else vector
+
+
+class Autoencoder(WithEncoder):
+    """Regenerate the tokens (B, T) of a row from one vector; logits (B, T, V) of the tokens themselves, unshifted.
+
+    The vector becomes T inputs by repetition, or unrolled: position i gets the C/2 features from i mod C on,
+    cyclically, through one map C/2 -> C.
+    """
+
+    def __init__(self, config):
+        super().__init__(config, config.block_size, config.block_size)
+        del self.embed                          # the decoder reads no tokens
+        self.unroll = Linear(config.n_embd // 2, config.n_embd, bias=config.bias) if config.spread == 'unroll' else None
+        self.init_weights()
+
+    def decode(self, vector, y=None):
+        vector, T, C = self.given(vector), self.config.block_size, self.config.n_embd
+        h = vector[:, None].expand(-1, T, -1)
+        if self.unroll:
+            places = torch.arange(T, device=h.device)[:, None] + torch.arange(C // 2, device=h.device)
+            h = self.unroll(vector[:, places % C])
+        return self.scored(self.head(self.hidden(h)), y)
+
+    def forward(self, x, y=None):
+        return self.decode(self.encode(self.check(x)), y)
+
+
+class Oracle(WithEncoder):
+    """A language model of tokens (B, T) that is given a vector of the very row: how much of it can a vector hold?
+
+    memory: 'token', an input before the first; 'add', added to every input; 'concat', beside every input, through a map
+    2C -> C; 'none', the control.
+    """
+
+    def __init__(self, config):
+        super().__init__(config, config.block_size, config.block_size)
+        self.join = Linear(2 * config.n_embd, config.n_embd, bias=config.bias) if config.memory == 'concat' else None
+        self.init_weights()
+
+    def forward(self, x, y=None):
+        h = self.embed(self.check(x)[:, :-1])
+        first = h.new_zeros(len(h), 1, h.size(-1))
+        if self.encoder:
+            vector = self.given(self.encode(x))[:, None]
+            if self.config.memory == 'token':
+                first = vector.type_as(h)
+            else:
+                h = torch.cat((first, h), 1)
+                h = h + vector if self.config.memory == 'add' else self.join(torch.cat((h, vector.expand_as(h)), -1))
+                return self.scored(self.head(self.hidden(h)), y)
+        return self.scored(self.head(self.hidden(torch.cat((first, h), 1))), y)
+
+
+class Memory(WithEncoder):
+    """A language model of chunks of tokens that remembers each earlier chunk of its row as one vector, in a fixed slot.
+
+    A chunk's decoder sees n_chunks - 1 slots, empty (0) where the chunk is not yet past, then its own tokens but the
+    last; the state before each token predicts it, the last slot's the first. memory 'none': all slots are empty.
+    """
+
+    def __init__(self, config):
+        self.n_chunks = config.block_size // config.chunk_size
+        super().__init__(config, config.chunk_size, config.chunk_size + self.n_chunks - 2)
+        self.init_weights()
+
+    def forward(self, x, y=None):
+        (B, _), n, L = self.check(x).shape, self.n_chunks, self.config.chunk_size
+        chunks = x.reshape(B * n, L)
+        h = self.embed(chunks[:, :-1])                                          # (B·n, L - 1, C)
+        slots = h.new_zeros(B * n, n - 1, h.size(-1))
+        if self.encoder:
+            vectors = self.given(self.encode(x[:, :-L].reshape(B * (n - 1), L))).view(B, 1, n - 1, -1)
+            past = torch.ones(n, n - 1, dtype=torch.bool, device=x.device).tril(-1)
+            slots = (vectors * past[None, :, :, None]).flatten(0, 1).type_as(h)
+        logits = self.head(self.hidden(torch.cat((slots, h), 1))[:, n - 2:])    # from the last slot on
+        return self.scored(logits.reshape(B, n * L, -1), y)
+
+
+WRAPPERS = {'autoencoder': Autoencoder, 'oracle': Oracle, 'memory': Memory}
+
+
+# --- building and counting ---
+
 def make(config):
     """Build the model that a ModelConfig describes, with fresh weights."""
     if config.wrapper:
-        from encoders import WRAPPERS
         return WRAPPERS[config.wrapper](config)
     return GPT(config)
 

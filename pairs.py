@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import score
-from bins import open_bin, read_meta
 from configurator import require
+from corpus.bins import open_bin, read_meta
 
 
 def open_pairs(data_dir, dataset, verify=False):

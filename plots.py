@@ -8,7 +8,7 @@
 In: run folders (run.json, train_loss.csv, log.txt); eval.py's folders among them fill in what a run did not measure.
 Out: training_curves, and per data set size_SET (loss versus model size, with lines of equal description length) and
 alpha_SET (description length versus alpha, beside the unpruned model, the one that TAMADE alone pruned, and the raw
-data). With a folder of diversity.py and evaluations: diversity (loss on each evaluation set versus diversity of the
+data). With a folder of lab/diversity.py and evaluations: diversity (loss on each evaluation set versus diversity of the
 training set, with spread). Each dot is a run, lines join means over seeds. What runs cannot support is skipped with a
 line that says why. Description lengths are two-part, of the whole training split: model bytes + data bytes.
 """
@@ -18,7 +18,7 @@ import os
 import sys
 
 from configurator import UserError, at_least, configure, one_of, require, run
-from curves import AXES, COLOURS, GREY, LOOK, draw_curves, read_curves, short, shorten_ticks
+from training.curves import AXES, COLOURS, GREY, LOOK, draw_curves, read_curves, short, shorten_ticks
 
 # -----------------------------------------------------------------------------
 out = 'out'                     # folder of run folders, read when no paths are given
@@ -96,10 +96,10 @@ def means(points):
 def read_diversity(measured, records, scored):
     """Return {evaluation set: {training set: (diversity, half-width, [loss of each run])}}.
 
-    measured: run.json of diversity.py's folders; records: {path: run.json} of trainings; scored: rows of eval.py. A
+    measured: run.json of lab/diversity.py's folders; records: {path: run.json} of trainings; scored: rows of eval.py. A
     training set is known by the shares of its sources. Diversities of different protocols are refused.
     """
-    from mixture import parse_mix
+    from corpus.mixture import parse_mix
     protocols = {repr(sorted(m['protocol'].items())) for m in measured}
     require((len(protocols) < 2, f'diversities of {len(protocols)} protocols cannot share a figure: '
              + ', '.join(m['run_id'] for m in measured) + '; name folders of one protocol'))

@@ -25,12 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-import metadata
-from bins import finish, intact, key_of, may_write, print_splits, write_json
 from configurator import UserError, at_least, configure, one_of, require, run
-from rows import Cutter, RowWriter
-from sources import chunks_of, file_kind, hub_splits, local_files, records_of
-from tokens import load_tokenizer, tokenizer_meta
+from corpus import metadata
+from corpus.bins import finish, intact, key_of, may_write, print_splits, write_json
+from corpus.documents import chunks_of, file_kind, hub_splits, local_files, records_of
+from corpus.rows import Cutter, RowWriter
+from corpus.tokens import load_tokenizer, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME
 source = ''                     # file, quoted glob, hub id, or local folder in hub layout

@@ -19,10 +19,10 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from bins import BinWriter, finish, intact, may_write, print_splits, write_json
 from configurator import UserError, at_least, configure, one_of, require, run
-from sources import file_kind, hub_rows, hub_splits, local_files, records_of, text_bytes_of
-from tokens import load_tokenizer, pieces_of, tokenizer_meta
+from corpus.bins import BinWriter, finish, intact, may_write, print_splits, write_json
+from corpus.documents import file_kind, hub_rows, hub_splits, local_files, records_of, text_bytes_of
+from corpus.tokens import load_tokenizer, pieces_of, tokenizer_meta
 
 subsets = ''                    # components, comma-separated: pubmed, uspto, ...; a wrong name prints the list
 source = 'monology/pile-uncopyrighted'      # hub id, local folder in hub layout, or file or quoted glob of jsonl(.zst)

@@ -10,8 +10,8 @@ import hashlib
 import os
 import platform
 
-from bins import BinWriter, finish, intact, may_write, print_splits
 from configurator import configure, require, run
+from corpus.bins import BinWriter, finish, intact, may_write, print_splits
 
 data_dir = 'data'
 name = 'sample'

@@ -24,12 +24,12 @@ import re
 
 from tqdm import tqdm
 
-import clean
-from bins import BinWriter, finish, may_write
 from configurator import UserError, at_least, configure, require, run
-from rows import DocumentRowWriter
-from sources import local_files, open_source
-from tokens import load_tokenizer, pieces_of, tokenizer_meta
+from corpus import clean
+from corpus.bins import BinWriter, finish, may_write
+from corpus.documents import local_files, open_source
+from corpus.rows import DocumentRowWriter
+from corpus.tokens import load_tokenizer, pieces_of, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME
 source = ''                     # file, glob (quoted; ** descends), hub id, or local folder in hub layout

@@ -20,9 +20,9 @@ import struct
 
 from tqdm import tqdm
 
-from bins import BinWriter, finish, intact, may_write, print_splits, sha256_file, write_json
 from configurator import UserError, at_least, configure, one_of, require, run
-from sources import hub_splits, hub_texts, text_bytes_of
+from corpus.bins import BinWriter, finish, intact, may_write, print_splits, sha256_file, write_json
+from corpus.documents import hub_splits, hub_texts, text_bytes_of
 
 source = 'tfds'             # tfds: a prepared folder, or download with requirements-tfds.txt; hub: streamed
 language = 'en'             # of the 41 that Wiki-40B has

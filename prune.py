@@ -99,8 +99,8 @@ def main(argv=None):
     import runs
     import score
     import sparse
-    from bins import open_bin
-    from encoders import with_objective
+    from corpus.bins import open_bin
+    from corpus.objectives import with_objective
     from model import build, model_args
     env = runs.Env(device, dtype)
     model, checkpoint = runs.load_model(from_ckpt, env.device)

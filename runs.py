@@ -24,8 +24,9 @@ import time
 from contextlib import nullcontext
 from itertools import takewhile
 
-from bins import write_json
-from ckpt import (  # for scripts, which know them as runs.load_checkpoint and so on
+from configurator import UserError, configure, one_of, require, run
+from corpus.bins import write_json
+from training.checkpoint import (  # for scripts, which know them as runs.load_checkpoint and so on
     CHECKPOINT_FORMAT,
     check_resume,
     commit_id,
@@ -38,7 +39,6 @@ from ckpt import (  # for scripts, which know them as runs.load_checkpoint and s
     save_checkpoint,
     weights_alone,
 )
-from configurator import UserError, configure, one_of, require, run
 
 # -----------------------------------------------------------------------------
 out = 'out'                     # folder that holds the run folders
@@ -62,6 +62,16 @@ SHOWN = ('run_id status procedure final_val_loss test_bits_per_byte non_zero_par
 
 # --- processes and device ---
 
+def keep_freed_memory():
+    """Let glibc's malloc keep what is freed, up to blocks of 1 GiB; elsewhere do nothing.
+
+    By default it returns large blocks to the kernel, which clears each page again when the next step asks for them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt:
+        mallopt(-3, 1 << 30), mallopt(-1, 2 ** 31 - 1)                  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
 class Env:
     """Rank, world size, device and precision of this process; `main` is rank 0, which alone prints and writes."""
 
@@ -69,7 +79,6 @@ class Env:
         import torch
         import torch.distributed as dist
 
-        from cpu import keep_freed_memory
         self.torch, self.dist = torch, dist
         require(one_of('device', device, ('auto', 'cuda', 'mps', 'cpu')),
                 one_of('dtype', dtype, ('auto', 'bfloat16', 'float16', 'float32')))

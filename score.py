@@ -136,7 +136,7 @@ def two_windows(model, x, y):
 
 
 def token_costs(model, x, y):
-    """Return {name: (B, T)}: loss, two-window entropy, and occlusion where a model has a memory (docstring: probe.py).
+    """Return {name: (B, T)}: loss, two-window entropy, and occlusion where a model has a memory (see lab/probe.py).
 
     Of a memory model of chunks the loss itself is the difference of two windows: no vector reaches back.
     """

@@ -5,7 +5,7 @@ One keep rule everywhere: a weight stays if |θ| >= ε. Masks are {parameter nam
 import torch
 
 from model import ACTIVATIONS
-from parallel import load_optimizer, optimizer_state, part
+from training.parallel import load_optimizer, optimizer_state, part
 
 EPSILON_MAX, RESOLUTION, MAX_HALVINGS = 0.8, 1e-7, 50       # upstream's; 0.8/2^23 is the first below 1e-7
 CALIBRATION_BLOCKS = 100

@@ -15,9 +15,9 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
-import plan
 from configurator import UserError, at_least, configure, one_of, require, run
-from plan import LN2, rate_at
+from training import plan
+from training.plan import LN2, rate_at
 
 # -----------------------------------------------------------------------------
 # run
@@ -166,18 +166,18 @@ def main(argv=None):
     check_knobs(k, n_ranks)
     import torch
 
-    import curves
     import pairs
-    import parallel
-    import qat
     import runs
     import score
     import sparse
-    from bins import batch_starts, key_of, n_blocks, read_meta
-    from encoders import load_encoder, objective_rule, with_objective
-    from mixture import common_splits, data_rules, open_data
+    from codec import grid as qat
+    from corpus.bins import batch_starts, key_of, n_blocks, read_meta
+    from corpus.mixture import common_splits, data_rules, open_data
+    from corpus.objectives import objective_rule, with_objective
     from model import config_from_knobs, flops_per_token, make, model_args
-    from muon import make_optimizer
+    from training import curves, parallel
+    from training.checkpoint import load_encoder
+    from training.optim import make_optimizer
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):

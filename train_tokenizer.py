@@ -18,10 +18,10 @@ import sys
 
 from tqdm import tqdm
 
-import tokens
-from bins import sha256_file, write_json
 from configurator import at_least, configure, require, run
-from sources import open_source
+from corpus import tokens
+from corpus.bins import sha256_file, write_json
+from corpus.documents import open_source
 
 name = ''                       # tokenizer to make, data/tokenizers/NAME
 source = ''                     # file, glob (quoted; ** descends), hub id, or local folder in hub layout
@@ -85,14 +85,14 @@ def bytes_per_token(encoding, texts):
 
 def save(folder, pieces, reader, argv):
     """Write a tokenizer's folder under a temporary name and rename it; returns its meta.json."""
-    import gpt2
+    from training import huggingface
     tmp, end = f'{folder}.tmp', len(pieces)
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
     try:
         with open(os.path.join(tmp, tokens.RANKS), 'wb') as f:
             f.writelines(base64.b64encode(piece) + b' %d\n' % i for i, piece in enumerate(pieces))
-        gpt2.save_tokenizer(tmp, [*pieces, tokens.END_OF_TEXT.encode()], end)
+        huggingface.save_tokenizer(tmp, [*pieces, tokens.END_OF_TEXT.encode()], end)
         meta = dict(
             format=tokens.TOKENIZER_FORMAT, name=name, vocab_size=end + 1, pattern=PATTERN,
             special_tokens={tokens.END_OF_TEXT: end}, made_by=dict(script='train_tokenizer.py', argv=argv),

@@ -1,4 +1,4 @@
-# python diversity.py config/diversity_sample_task2vec.py
+# python -m lab.diversity config/diversity_sample_task2vec.py
 # COST about 2 minutes on one CPU core.
 # Needs: python train.py config/sample_vanilla.py, and the sets of diversity_sample_*.py
 # Byte level: the probe is trained on other text (Python's documentation). 2,048 bytes a batch: in the 8,192 of a batch

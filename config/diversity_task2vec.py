@@ -1,4 +1,4 @@
-# python diversity.py config/diversity_task2vec.py
+# python -m lab.diversity config/diversity_task2vec.py
 # COST about 1.5 h on one H100-class GPU (estimated: 600 batches, 1.3e17 FLOPs in float32 at 25 TFLOP/s; not run).
 # Needs: python prepare_pile.py --subsets=pubmed,uspto
 # Task2Vec diversity as published (Lee et al. 2023): USPTO .158 < PubMed .168 < the two mixed .195 < C4 .237.

@@ -1,4 +1,4 @@
-# python probe.py config/probe_sample_16.py --from_ckpt=out/gpt_16,out/mixer_autoencoder_sample_16 --own_decoder
+# python -m lab.probe config/probe_sample_16.py --from_ckpt=out/gpt_16,out/mixer_autoencoder_sample_16 --own_decoder
 # COST about a minute on one CPU core for each decoder (measured beside other work).
 # Needs two encoders: python train.py config/mixer_autoencoder_sample_16.py
 #     python train.py config/gpt_sample_128.py --block_size=16 --batch_size=64 --max_iters=2000 --out_dir=out/gpt_16

@@ -1,5 +1,5 @@
 # python train.py config/step_308m.py
-# python bench.py step config/step_308m.py: on one H200-class GPU, not measured yet. Goal: 40 % of its
+# python -m lab.bench step config/step_308m.py: on one H200-class GPU, not measured yet. Goal: 40 % of its
 # bf16 rate for a large matrix product
 out_dir = 'out/step_308m'
 model = 'transformer308m'

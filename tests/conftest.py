@@ -17,7 +17,7 @@ sys.path.insert(0, ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import bins  # noqa: E402
+from corpus import bins  # noqa: E402
 
 torch.set_num_threads(1)
 

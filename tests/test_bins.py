@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import snapshot, write_dataset
 
-import bins
-from bins import Bin, BinWriter, batch_starts, n_blocks, open_bin, permute
 from configurator import UserError
+from corpus import bins
+from corpus.bins import Bin, BinWriter, batch_starts, n_blocks, open_bin, permute
 
 
 def edit_meta(data_dir, change):

@@ -11,14 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, make_text, run_script
 
-import archive
 import compress
 import configurator
-import exact
-import online
-import weights
-from bins import mix64
+from codec import container, exact, online, weights
 from configurator import UserError
+from corpus.bins import mix64
 from model import GPT, ModelConfig, make, model_args
 from runs import load_checkpoint, save_checkpoint
 
@@ -63,7 +60,7 @@ def unpack(path, out, *flags):
 
 
 def sections_of(path):
-    kind, head, table, sections = archive.read_archive(path.read_bytes(), 'it')
+    kind, head, table, sections = container.read_archive(path.read_bytes(), 'it')
     return kind, head, table, {n: s for n, s in sections.items() if n not in ('head', 'blks', 'data')}, sections['data']
 
 
@@ -75,8 +72,8 @@ def rewrite(source, out, change):
     for form, n, length, _ in table:
         blocks.append((form, n, data[at:at + length], b''))
         at += length
-    with archive.Output(str(out)) as f:
-        archive.write_archive(f, kind, head, sections, blocks)
+    with container.Output(str(out)) as f:
+        container.write_archive(f, kind, head, sections, blocks)
         f.commit()
     return out
 
@@ -92,13 +89,13 @@ def test_unpack_settings_do_not_matter(folder, tmp_path, flags):
 
 def test_archive_is_small_and_its_size_is_honest(folder, capsys):
     """The model pays off on its own text; the code length computed is the file's size within 0.1 % + 1 kB."""
-    with archive.Output(str(folder / 'again')) as out:
+    with container.Output(str(folder / 'again')) as out:
         flags = ['pack', 'a', 'b', 'c', QUIET, '--weight_bits=6', '--streams=25']
         compress.configure(vars(compress), flags, compress.VERBS)
         raw, computed = compress.pack(str(folder / 'ckpt.pt'), str(folder / 'text'), out, lambda text: None)
         assert abs(out.size - computed) <= 0.001 * out.size + 1000 and len(raw) == 6000
     _, _, table, _, data = sections_of(folder / 'archive')
-    assert [b[0] for b in table] == [archive.CODED] * 3 and len(data) < 0.5 * 6000
+    assert [b[0] for b in table] == [container.CODED] * 3 and len(data) < 0.5 * 6000
 
 
 def test_fresh_processes_with_other_settings(folder, tmp_path):
@@ -163,11 +160,11 @@ def test_edge_cases(folder, tmp_path, name):
     assert unpack(folder / (name + '.arc'), tmp_path / 'out') == 0
     assert (tmp_path / 'out').read_bytes() == raw
     _, head, table, sections, data = sections_of(folder / (name + '.arc'))
-    assert len(data) <= len(raw) and (sections or all(b[0] == archive.STORED for b in table))
+    assert len(data) <= len(raw) and (sections or all(b[0] == container.STORED for b in table))
     if name == 'noise':
         assert not sections and (folder / 'noise.arc').stat().st_size <= 1.005 * len(raw) + 200
     if name == 'mixed':
-        assert {b[0] for b in table} == {archive.CODED, archive.STORED}
+        assert {b[0] for b in table} == {container.CODED, container.STORED}
 
 
 def test_more_streams_than_bytes(folder, tmp_path):
@@ -206,7 +203,7 @@ def test_bpe_model(folder, tmp_path):
     os.rename(path, path + '.gone')
     assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0
     assert (tmp_path / 'out').read_bytes() == (tmp_path / 'text').read_bytes()
-    assert sections_of(tmp_path / 'arc')[2][0][0] == archive.CODED
+    assert sections_of(tmp_path / 'arc')[2][0][0] == container.CODED
     os.rename(path + '.gone', path)
     (tmp_path / 'text').write_bytes(b'not utf-8: \xff')
     with pytest.raises(UserError, match='not UTF-8'):
@@ -243,21 +240,21 @@ def golden_archive(path):
     seen = {f'{i}.{s}': [v, 1.0] for i in range(2) for s, v in largest.items()} | {'x': [9.0, 1.0], 'a': [4.0, 1.0]}
     sites, wide = weights.choose_sites(args, tensors, seen)
     text = make_text(3000)
-    lanes = archive.Lanes(exact.Exact(args, weights.with_scales(tensors), sites, wide), 7, 12, 10)
+    lanes = container.Lanes(exact.Exact(args, weights.with_scales(tensors), sites, wide), 7, 12, 10)
     data, bits, _ = lanes.encode(np.frombuffer(text, np.uint8))
     assert abs(8 * len(data) - bits) < 64
     head = dict(bytes=3000, sha256=hashlib.sha256(text).hexdigest(), args=args, start_id=10, tokenizer='byte',
-                streams=7, keep=12, sites=sites, wide=wide, arithmetic=archive.arithmetic_hash(args))
-    with archive.Output(str(path)) as out:
+                streams=7, keep=12, sites=sites, wide=wide, arithmetic=container.arithmetic_hash(args))
+    with container.Output(str(path)) as out:
         section = weights.encode(tensors, args)
-        blocks = [(archive.CODED, 3000, data, text)]
-        archive.write_archive(out, archive.TWO_PART, head, dict(wght=section), blocks)
+        blocks = [(container.CODED, 3000, data, text)]
+        container.write_archive(out, container.TWO_PART, head, dict(wght=section), blocks)
         out.commit()
     return text, hashlib.sha256(section + data).hexdigest()[:16]
 
 
 def test_golden_archive(tmp_path):
-    """Another hash means a change of format or arithmetic: old archives no longer decode; raise archive.VERSION."""
+    """Another hash means a change of format or arithmetic: old archives no longer decode; raise container.VERSION."""
     text, digest = golden_archive(tmp_path / 'golden')
     assert digest == '675fcaf916a5e14c'
     assert unpack(tmp_path / 'golden', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
@@ -345,7 +342,7 @@ def test_online_round_trip(tmp_path):
     assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), *ONLINE]) == 0   # a process verifies
     assert (tmp_path / 'arc').stat().st_size < 0.8 * len(text)
     kind, head, *_ = sections_of(tmp_path / 'arc')
-    assert kind == archive.ONLINE and head['fingerprint']['torch'] == torch.__version__
+    assert kind == container.ONLINE and head['fingerprint']['torch'] == torch.__version__
 
     rewrite(tmp_path / 'arc', tmp_path / 'other', lambda h, s: h['fingerprint'].update(weights='', processor='another'))
     with pytest.raises(UserError, match='another there'):
@@ -362,7 +359,7 @@ def test_mixers_learn_online(tmp_path, block_type):
     assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
     _, head, table, *_ = sections_of(tmp_path / 'arc')
     assert head['settings']['args']['block_type'] == block_type
-    assert table[0][0] == archive.CODED and table[0][2] < 0.7 * len(text)
+    assert table[0][0] == container.CODED and table[0][2] < 0.7 * len(text)
     with pytest.raises(UserError, match='block_size = 33, a mixer\'s must be even'):
         compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'odd'), *flags, '--online_window=33'])
 

@@ -10,9 +10,8 @@ from conftest import ROOT
 
 import configurator
 import distill
-import diversity
-import probe
 import train
+from lab import diversity, probe
 
 _LISTED = subprocess.run(['git', '-C', ROOT, 'ls-files', 'config/*.py'], capture_output=True, text=True,
                          timeout=20).stdout

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from conftest import TINY, same, torchrun, write_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
 import distill
-import gpt2
 import losses
 import prune
 import runs
 import train
 from configurator import UserError
+from lab import bench
 from model import GPT, ModelConfig, model_args
+from training import huggingface
 
 ZERO = dict.fromkeys(losses.TERMS, 0.0)
 
@@ -245,7 +245,7 @@ def test_masks_and_truncated_students(distil, tmp_path, teacher, toy):
     runs.save_checkpoint(str(tmp_path / 'big.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
-    gpt2.main(['export', str(tmp_path / 'big.pt'), str(tmp_path / 'hf')])
+    huggingface.main(['export', str(tmp_path / 'big.pt'), str(tmp_path / 'hf')])
     assert distil(f'--teacher={tmp_path / "hf"}', '--n_embd=16', '--a_cos=0', out='other') == 0
 
 
@@ -286,7 +286,7 @@ def test_another_vocabulary(distil, tmp_path):
 
 
 def test_bench_measures_a_distillation_config(tmp_path, teacher):
-    """bench.py step takes a config of distill.py too, with its teacher."""
+    """lab.bench step takes a config of distill.py too, with its teacher."""
     config, out = tmp_path / 'c.py', tmp_path / 'bench.json'
     config.write_text(f"# python distill.py c.py\nteacher = {teacher!r}\nn_layer = 1\nn_embd = 32\nn_head = 2\n"
                       "block_size = 16\nbatch_size = 2\n")

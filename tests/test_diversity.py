@@ -1,4 +1,4 @@
-"""diversity.py: the fast Fisher against autograd per sequence, the layout, distances, bounds, protocol, resuming."""
+"""lab/diversity.py: the fast Fisher against autograd per sequence, the layout, distances, bounds, protocol, resuming."""
 import json
 import os
 
@@ -8,11 +8,11 @@ import torch
 from conftest import TINY, write_dataset
 from torch.nn import functional as F
 
-import bins
-import diversity
 import runs
 import train
 from configurator import UserError
+from corpus import bins
+from lab import diversity
 from model import GPT, ModelConfig
 
 

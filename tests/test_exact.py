@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import exact
-import weights
-from mixers import Triangles
-from model import GPT, ModelConfig, model_args
+from codec import exact, weights
+from model import GPT, ModelConfig, Triangles, model_args
 
 SHAPES = [
     dict(),
@@ -179,7 +177,7 @@ def test_a_mixing_is_the_float_models(expansion):
 
 
 def test_triangles_are_those_of_the_mixer():
-    """Unfolded integers are mixers.Triangles' matrices."""
+    """Unfolded integers are model.Triangles' matrices."""
     mix = Triangles(12, groups=3)
     with torch.no_grad():
         mix.weight.copy_(torch.arange(mix.weight.numel()).view_as(mix.weight))

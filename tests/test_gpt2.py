@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import write_dataset
 
-import gpt2
 import runs
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
+from training import huggingface
 
 transformers = pytest.importorskip('transformers')
 TINY = dict(vocab_size=300, n_positions=32, n_embd=24, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -54,7 +54,7 @@ def test_logits_are_those_of_transformers(tmp_path, tied, activation):
     model.save_pretrained(tmp_path / 'hf')
     assert float((ours(tmp_path / 'hf') - theirs(model)).abs().max()) < 1e-5
     assert runs.load_checkpoint(str(tmp_path / 'hf'))['model_args']['tied'] == tied
-    gpt2.main(['export', str(tmp_path / 'hf'), str(tmp_path / 'back')])
+    huggingface.main(['export', str(tmp_path / 'hf'), str(tmp_path / 'back')])
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'back').eval()
     assert torch.equal(theirs(back), theirs(model))
 
@@ -64,7 +64,7 @@ def test_half_precision_shards_and_bare_names(folder, tmp_path):
     from safetensors.torch import load_file, save_file
     model = hf_model().half()
     model.save_pretrained(tmp_path / 'half', max_shard_size='20kB')
-    assert len(gpt2.weight_files(str(tmp_path / 'half'))) > 1
+    assert len(huggingface.weight_files(str(tmp_path / 'half'))) > 1
     assert float((ours(tmp_path / 'half') - theirs(model.float())).abs().max()) < 1e-5
     shutil.copytree(folder, tmp_path / 'bare')
     file = str(tmp_path / 'bare' / 'model.safetensors')
@@ -83,7 +83,7 @@ def test_byte_models_and_zeros_go_out(tmp_path, positions):
     runs.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='', sha256='', tokenizer='byte', start_id=10)))
-    gpt2.main(['export', str(tmp_path), str(tmp_path / 'hf')])
+    huggingface.main(['export', str(tmp_path), str(tmp_path / 'hf')])
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').eval()
     with torch.no_grad():
         assert float((theirs(back) - model(IDS)).abs().max()) < 1e-5
@@ -113,7 +113,7 @@ def test_a_tokenizer_is_rebuilt_from_its_pieces():
     as_byte = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(
         b for b in range(256) if b not in visible)}
     pieces = [bytes(as_byte[c] for c in spelled) for spelled, i in sorted(vocab.items(), key=lambda v: v[1]) if i]
-    rebuilt = gpt2.build_tokenizer([*pieces, b''], len(pieces))
+    rebuilt = huggingface.build_tokenizer([*pieces, b''], len(pieces))
     for text in ('the model weighs the text', "  It's é 日本 nothing\n\n untilmodel", '<|endoftext'):
         assert rebuilt.encode(text).ids == [i - 1 for i in original.encode(text).ids]
         assert rebuilt.decode(rebuilt.encode(text).ids) == text
@@ -124,7 +124,7 @@ def test_tokenizer_files_go_along(folder, tmp_path, capsys):
     """Those of the folder it came from, or of the data set it was trained on; a missing one is said."""
     shutil.copytree(folder, tmp_path / 'own')
     learned_bpe().save(str(tmp_path / 'own' / 'tokenizer.json'))
-    gpt2.main(['export', str(tmp_path / 'own'), str(tmp_path / 'a')])
+    huggingface.main(['export', str(tmp_path / 'own'), str(tmp_path / 'a')])
     assert (tmp_path / 'a' / 'tokenizer.json').read_bytes() == (tmp_path / 'own' / 'tokenizer.json').read_bytes()
     checkpoint = runs.load_checkpoint(str(tmp_path / 'own'))
     write_dataset(str(tmp_path / 'data'))
@@ -132,10 +132,10 @@ def test_tokenizer_files_go_along(folder, tmp_path, capsys):
     facts = dict(dataset='toy', sha256='', tokenizer='own', start_id=0)
     runs.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(checkpoint, data=facts,
                                                          config=dict(data_dir=str(tmp_path / 'data'))))
-    gpt2.main(['export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'b')])
+    huggingface.main(['export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'b')])
     assert os.path.exists(tmp_path / 'b' / 'tokenizer.json')
     capsys.readouterr()
-    gpt2.main(['export', folder, str(tmp_path / 'c')])
+    huggingface.main(['export', folder, str(tmp_path / 'c')])
     assert "no tokenizer.json of 'tiny'" in capsys.readouterr().out
 
 
@@ -211,11 +211,11 @@ def test_export_refuses(folder, tmp_path):
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='', tokenizer='byte', start_id=10)))
     with pytest.raises(UserError, match="norm = 'rmsnorm', positions = 'rotary'"):
-        gpt2.main(['export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')])
-    gpt2.main(['export', folder, str(tmp_path / 'y')])
+        huggingface.main(['export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')])
+    huggingface.main(['export', folder, str(tmp_path / 'y')])
     with pytest.raises(UserError, match='--overwrite'):
-        gpt2.main(['export', folder, str(tmp_path / 'y')])
-    gpt2.main(['export', folder, str(tmp_path / 'y'), '--overwrite'])
+        huggingface.main(['export', folder, str(tmp_path / 'y')])
+    huggingface.main(['export', folder, str(tmp_path / 'y'), '--overwrite'])
 
 
 def test_generation_agrees(folder):

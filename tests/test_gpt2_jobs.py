@@ -6,17 +6,17 @@ import os
 import pytest
 import torch
 
-import bins
 import compress
 import distill
 import eval as evaluation
-import gpt2
 import prepare_text
 import prune
 import runs
 import sparse
 import train
-from archive import read_archive
+from codec.container import read_archive
+from corpus import bins
+from training import huggingface
 
 transformers = pytest.importorskip('transformers')
 WORDS = 'the model weighs nothing until a byte of its text has been paid for in bits and every zero is free'.split()
@@ -77,7 +77,7 @@ def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
         assert int(r['tokens']) == data.n_tokens and int(r['text_bytes']) == data.text_bytes
         assert float(r['perplexity_per_word']) > float(r['perplexity']) > 1
     assert float(rows[2]['loss_nats']) < float(rows[0]['loss_nats'])
-    gpt2.main(['export', 'out/tuned/ckpt.pt', 'out/hf'])
+    huggingface.main(['export', 'out/tuned/ckpt.pt', 'out/hf'])
     model = transformers.GPT2LMHeadModel.from_pretrained('out/hf').eval()
     tok = transformers.AutoTokenizer.from_pretrained('out/hf')
     ids = torch.tensor([tok.encode('the model weighs nothing')])
@@ -96,7 +96,7 @@ def test_sparse_gpt2(procedure):
     assert record['n_prunings'] == 1 and 0.02 < record['sparsity'] < 1 and record['parent']['path'] == 'tiny'
     for name, mask in checkpoint['masks'].items():
         assert not checkpoint['model'][name][~mask].any()
-    gpt2.main(['export', f'out/{procedure}', f'out/{procedure}-hf'])
+    huggingface.main(['export', f'out/{procedure}', f'out/{procedure}-hf'])
     model = transformers.GPT2LMHeadModel.from_pretrained(f'out/{procedure}-hf')
     assert sum(int((p != 0).sum()) for p in model.parameters()) == record['non_zero_params']
     again = runs.load_model(f'out/{procedure}-hf')[0]
@@ -110,7 +110,7 @@ def test_a_sparse_gpt2_is_packed(place):
                 '--device=cpu'])
     trained(train.main, 'packed', '--n_layer=2', '--init_from=out/two-sparse', '--max_iters=60', '--learning_rate=1e-2')
     assert runs.read_run('out/packed')['sparsity'] > 0.5
-    gpt2.main(['export', 'out/packed', 'out/packed-hf'])
+    huggingface.main(['export', 'out/packed', 'out/packed-hf'])
     for model in ('out/packed/ckpt.pt', 'out/packed-hf'):
         assert compress.main(['pack', model, 'text.txt', 'archive', '--tokenizer=tiny/tokenizer.json', '--no-verify',
                               '--no-progress']) == 0

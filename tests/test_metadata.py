@@ -9,11 +9,9 @@ import pytest
 import zstandard
 from conftest import run_script, snapshot
 
-import bins
-import metadata
 import prepare_metadata
-import sources
 from configurator import UserError
+from corpus import bins, documents, metadata
 
 WORDS = 'a byte of text has its price and each zero is free until the model pays for what it knows'.split()
 
@@ -364,10 +362,10 @@ def test_annotate_writes_the_record_format(tmp_path, prepare):
     plain = write_jsonl(str(tmp_path / 'plain.jsonl'), make_records(30)[1:3])
     for source, out in ((tmp_path / '*.html.gz', tmp_path / 'page.jsonl.gz'), (plain, tmp_path / 'plain.jsonl.gz')):
         prepare_metadata.main(['--annotate', f'--source={source}', f'--out={out}'])
-    (_, page), = sources.records_of(str(tmp_path / 'page.jsonl.gz'))
+    (_, page), = documents.records_of(str(tmp_path / 'page.jsonl.gz'))
     text, items = metadata.read_record(page, 'x')
     assert text == 'Hello you' and rendered(text, *items['html']) == '<p>Hello <b>you</b></p>'
-    for (_, made), record in zip(sources.records_of(str(tmp_path / 'plain.jsonl.gz')), make_records(30)[1:3]):
+    for (_, made), record in zip(documents.records_of(str(tmp_path / 'plain.jsonl.gz')), make_records(30)[1:3]):
         assert metadata.read_record(made, 'x') == metadata.read_record(record, 'x')
 
 

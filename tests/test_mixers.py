@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from conftest import TINY, same, torchrun
 from test_train import losses_of
 
-import encoders
 import eval as evaluation
 import prune
 import runs
 import sample
 import train
-from bins import Bin
-from configurator import UserError
-from encoders import Objective, load_encoder
-from mixers import Mixer, Triangles
-from model import ModelConfig, build, flops_per_token, make, model_args, n_parameters
+from configurator import UserError, require
+from corpus import objectives
+from corpus.bins import Bin
+from corpus.objectives import Objective
+from model import Mixer, ModelConfig, Triangles, build, flops_per_token, make, model_args, n_parameters
+from training.checkpoint import load_encoder
 
 MIXER = dict(block_size=32, n_embd=32, n_layer=2, n_head=4, positions='none', final_norm=False, block_type='mixer')
 KINDS = [dict(block_type=b, kernel=k, expansion=e) for b, k, e in itertools.product(
@@ -263,7 +263,7 @@ def test_compiled(options):
 
 def test_objectives_fit_models():
     with pytest.raises(UserError, match="objective of wrapper = 'oracle' = 'copy', expected one of 'memory'"):
-        encoders.require(encoders.objective_rule('copy', ModelConfig(wrapper='oracle')))
+        require(objectives.objective_rule('copy', ModelConfig(wrapper='oracle')))
 
 
 # --- through the scripts ---

@@ -8,11 +8,10 @@ import pytest
 import torch
 from conftest import TINY, OneProcess, write_dataset
 
-import bins
-import mixture
 import runs
 import train
 from configurator import UserError
+from corpus import bins, mixture
 
 
 def mix_of(sizes, shares, block_size=4, stop_when='never'):

@@ -10,8 +10,8 @@ from conftest import OneProcess, make_text
 
 import model as model_module
 import score
-from bins import Bin
 from configurator import UserError
+from corpus.bins import Bin
 from model import (
     GPT,
     SIZES,

@@ -8,10 +8,10 @@ import torch
 from conftest import same
 from test_train import THREE_PHASES, assert_resumes, weights_of
 
-import muon
 import runs
 from configurator import UserError
 from model import GPT, ModelConfig, optimizer_groups
+from training import optim
 
 ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95))
 MUON = ('--matrix_optimizer=muon', '--muon_rate_ratio=2', '--weight_decay=0.01', '--schedule=cosine')
@@ -23,7 +23,7 @@ def small():
 
 
 def both(model, rate_ratio=2.0):
-    optimizer = muon.MuonAndAdamW(dict(model.named_parameters()), ADAMW, 0.1, rate_ratio)
+    optimizer = optim.MuonAndAdamW(dict(model.named_parameters()), ADAMW, 0.1, rate_ratio)
     for group in optimizer.param_groups:
         group['lr'] = 1e-2 * group.get('rate_ratio', 1.0)
     return optimizer
@@ -43,10 +43,10 @@ def test_each_parameter_gets_the_step_of_its_library_optimiser():
     model, alone = small(), small()
     steps(model, both(model), 3, 0)
     named = dict(alone.named_parameters())
-    matrices = [p for n, p in named.items() if muon.is_muons(n, p)]
+    matrices = [p for n, p in named.items() if optim.is_muons(n, p)]
     assert len(matrices) == 8
     steps(alone, torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'), 3, 0)
-    rest = [p for n, p in named.items() if not muon.is_muons(n, p)]
+    rest = [p for n, p in named.items() if not optim.is_muons(n, p)]
     steps(alone, ADAMW(optimizer_groups(rest, 0.1), lr=1e-2), 3, 0)
     assert same(model.state_dict(), alone.state_dict())
 
@@ -87,12 +87,12 @@ def test_masks_hold_although_muon_moves_every_weight(train_tiny, tmp_path):
 
 def test_its_rate_is_in_units_of_adamws(train_tiny, monkeypatch):
     """Both follow the schedule; Muon's groups at muon_rate_ratio times the rate."""
-    rates, real = [], muon.MuonAndAdamW.step
+    rates, real = [], optim.MuonAndAdamW.step
 
     def step(self):
         rates.append([g['lr'] for g in self.param_groups])
         real(self)
-    monkeypatch.setattr(muon.MuonAndAdamW, 'step', step)
+    monkeypatch.setattr(optim.MuonAndAdamW, 'step', step)
     assert train_tiny('--max_iters=4', '--matrix_optimizer=muon', '--muon_rate_ratio=3', '--schedule=linear') == 0
     assert len(rates) == 4 and all(r[-1] == pytest.approx(3 * r[0]) and r[0] == r[1] for r in rates)
     assert rates[0][0] > rates[-1][0]

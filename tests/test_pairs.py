@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import TINY, OneProcess, torchrun
 
-import bins
 import distill
 import eval as evaluation
 import pairs
@@ -20,6 +19,7 @@ import runs
 import score
 import train
 from configurator import UserError
+from corpus import bins
 from model import GPT, ModelConfig
 
 WORDS = 'zero byte loss mask line gain rule tree fold step'.split()

@@ -9,9 +9,9 @@ import pytest
 import zstandard
 from test_prepare import ROOT, byte_level_bpe
 
-import bins
 import prepare_pile
 from configurator import UserError
+from corpus import bins
 
 SETS = {'PubMed Abstracts': 'pubmed', 'USPTO Backgrounds': 'uspto', 'Pile-CC': 'pile_cc'}
 DOCUMENTS = [(f'Document {i}: ' + f'word{i % 7} ' * (i * 13 % 90) + 'é日本', list(SETS)[i // 2 % 3])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-import curves
 import plots
 import runs
 from configurator import UserError
+from training import curves
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402

@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import bins
-import clean
 import prepare_sample
 import prepare_text
 import prepare_wiki40b
-import tokens
 from configurator import UserError
+from corpus import bins, clean, tokens
 
 ROOT = os.path.dirname(os.path.abspath(bins.__file__))
 ARTICLES = [f'\n_START_ARTICLE_\nNo. {i}\n_START_PARAGRAPH_\nCafé "{i}" isn\'t \\n 日本'.encode()

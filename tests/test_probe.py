@@ -1,4 +1,4 @@
-"""probe.py: what is frozen stays, the numbers equal loops, a better encoder shows, entropies equal closed forms."""
+"""lab/probe.py: what is frozen stays, numbers equal loops, a better encoder shows, entropies equal closed forms."""
 import csv
 import math
 import os
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import OneProcess, same, torchrun
 
-import bins
-import gpt2
-import probe
 import runs
 import score
 from configurator import UserError
+from corpus import bins
+from lab import probe
 from model import GPT, ModelConfig, make, model_args
+from training import huggingface
 
 T, C, SYMBOLS = 8, 48, 4                        # rows of 8 draws from 4 letters: 16 bits
 FLAGS = ('--device=cpu', '--dtype=float32', '--max_iters=200', '--batch_size=64', '--learning_rate=3e-3',
@@ -150,7 +150,8 @@ def test_micro_batches_and_ranks_change_nothing(run_probe, draws, tmp_path):
     """Four micro-batches, and two processes: the losses of one, to float rounding."""
     run_probe('--max_iters=4')
     run_probe('--max_iters=4', '--micro_batch_size=16', out='micro')
-    done = torchrun(2, 'probe.py', f'--data_dir={draws[0]}', f'--from_ckpt={draws[1]}', f'--out_dir={tmp_path / "two"}',
+    done = torchrun(2, 'lab/probe.py', f'--data_dir={draws[0]}', f'--from_ckpt={draws[1]}',
+                    f'--out_dir={tmp_path / "two"}',
                     *FLAGS, '--max_iters=4')
     assert done.returncode == 0, done.stderr[-2000:]
     one, *others = (table(tmp_path / out / 'encoder') for out in ('probe', 'micro', 'two'))
@@ -165,7 +166,7 @@ def test_a_hugging_face_folder_is_an_encoder(draws, tmp_path):
     """The same weights as a GPT-2 folder give the same numbers; the data set must then be named."""
     torch.manual_seed(5)
     path = save(tmp_path / 'm', GPT(config(positions='learned')))
-    gpt2.main(['export', f'{path}/ckpt.pt', str(tmp_path / 'folder')])
+    huggingface.main(['export', f'{path}/ckpt.pt', str(tmp_path / 'folder')])
     flags = [f'--data_dir={draws[0]}', f'--from_ckpt={path},{tmp_path / "folder"}', f'--out_dir={tmp_path / "p"}',
              *FLAGS, '--max_iters=5', '--spread=repeat', '--positions=learned']
     with pytest.raises(UserError, match='--dataset=NAME'):

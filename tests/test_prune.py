@@ -1,4 +1,4 @@
-"""prune.py and bench.py as scripts: measured sparsity, exact counts, masks that later training holds, refusals."""
+"""prune.py, lab/bench.py as scripts: measured sparsity, exact counts, masks that later training holds, refusals."""
 import json
 import os
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import OneProcess, snapshot
 
-import bench
-import bins
 import prune
 import runs
 import score
 import sparse
 from configurator import UserError
+from corpus import bins
+from lab import bench
 from model import GPT, ModelConfig, flops_per_token, model_args, n_parameters
 
 
@@ -108,7 +108,7 @@ def test_gamma_needs_a_pmmp_checkpoint(train_tiny, tmp_path, toy):
 
 
 def test_bench_measures_the_step_of_a_config(tmp_path):
-    """bench.py's rows have a median, and the plain baseline is of the same size as our model."""
+    """lab/bench.py's rows have a median, and the plain baseline is of the same size as our model."""
     config = tmp_path / 'c.py'
     config.write_text("# python train.py c.py\nn_layer = 1\nn_embd = 16\nn_head = 2\nblock_size = 16\nbatch_size = 2\n"
                       "procedure = 'pmmp'\n")

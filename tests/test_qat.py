@@ -8,12 +8,12 @@ import torch
 from test_train import THREE_PHASES, assert_resumes, stop_at
 
 import compress
-import qat
 import runs
 import score
-import weights
-from bins import open_bin
+from codec import grid as qat
+from codec import weights
 from configurator import UserError
+from corpus.bins import open_bin
 from model import GPT, ModelConfig, build, model_args
 
 GRID = ('--qat_bits=4', '--qat_rows=8')
@@ -116,7 +116,7 @@ def test_the_archive_holds_the_model_that_was_trained(train_tiny, tmp_path, toy)
     checkpoint = runs.load_checkpoint(run)
     text = os.path.join(toy, 'toy', 'train.bin')
     assert compress.main(['pack', str(run), text, str(archive), '--no-verify', '--no-progress']) == 0
-    from archive import read_archive
+    from codec.container import read_archive
     sections = read_archive(archive.read_bytes(), str(archive))[3]
     args = checkpoint['model_args']
     written = weights.values(weights.decode(sections['wght'], args))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import parallel
 import sparse
 from model import GPT, ModelConfig
 from sparse import PROCEDURES, masks_by_magnitude, masks_by_threshold, merge_masks, pmmp_state, sweep_dead_units, tamade
+from training import parallel
 
 SHAPES = dict(a=(7, 5), b=(3,), c=(4, 4))
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 from conftest import TINY, make_text, snapshot
 
-import bins
 import eval as evaluation
 import prepare_text
 import runs
-import tokens
 import train
 import train_tokenizer
 from configurator import UserError
-from rows import DocumentRowWriter
+from corpus import bins, tokens
+from corpus.rows import DocumentRowWriter
 
 SIZES = (1, 31, 32, 33, 64, 65, 400, 7)
 DOCS = [make_text(SIZES[i % len(SIZES)] + i // 40, seed=i).decode() + ' é日' * (i % 3) for i in range(120)]

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from conftest import make_text, snapshot
 
-import bins
 import compress
 import eval as evaluation
 import prepare_text
 import sample
-import tokens
 import train
 import train_tokenizer
 from configurator import UserError
+from corpus import bins, tokens
 
 SIZE = 700
 
@@ -247,21 +246,21 @@ def test_pack_embeds_it(model, tmp_path):
     finally:
         os.rename(hidden, model / 'data' / 'text')
     assert (tmp_path / 'back').read_bytes() == raw
-    from archive import read_archive
+    from codec.container import read_archive
     head, sections = read_archive((tmp_path / 'a').read_bytes(), 'a')[1::2]
     assert 'tokn' in sections and head['tokenizer'] == own_name(model)
 
 
 def test_a_tokenizer_trained_again_is_another_one(model, tmp_path):
     """Same name, other ids: eval.py refuses, and nobody takes the new tokenizer.json for the model's."""
-    import gpt2
     import runs
+    from training import huggingface
     checkpoint = runs.load_checkpoint(str(model / 'run'))
-    assert gpt2.tokenizer_folder(checkpoint) == str(model / 'data/text')
+    assert huggingface.tokenizer_folder(checkpoint) == str(model / 'data/text')
     data = f'--data_dir={tmp_path}'
     train_tokenizer.main(learn(model, data, '--vocab_size=400', source='english.txt'))
     prepare_text.main([f'--source={model / "english.txt"}', '--name=text', '--tokenizer=own', data])
     with pytest.raises(UserError, match=r"reads 'own@\w{8}' tokens .* holds 'own@\w{8}' tokens"):
         evaluation.main([f'--from_ckpt={model / "run"}', data, '--dataset=text', f'--out={tmp_path}', '--device=cpu'])
     checkpoint['config']['data_dir'] = str(tmp_path)
-    assert gpt2.tokenizer_folder(checkpoint) == ''
+    assert huggingface.tokenizer_folder(checkpoint) == ''

@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, OneProcess, make_text, run_script, same, snapshot, torchrun, write_dataset
 
-import bins
-import plan
 import runs
 import sparse
 import train
 from configurator import UserError, configure
+from corpus import bins
 from model import GPT, config_from_knobs
+from training import plan
 
 PRUNED = ('--do_pruning', '--first_pruning_after=1', '--tolerated_relative_loss_increase=0.05')
 # 6 steps of prelude, 3 epochs of 4 batches with a pruning after each, 4 steps of fine-tuning
@@ -756,7 +756,8 @@ MEMORY_PLAN = """
 import sys, threading, time, types
 import torch
 import torch.utils.checkpoint
-import model, parallel, plan, runs, score, sparse, train
+import model, runs, score, sparse, train
+from training import parallel, plan
 torch.optim.AdamW([torch.zeros(1)], fused=True)                 # loads 66 MiB of torch's own modules
 before, peak, stop = runs.rss_anon_bytes(), [0], []
 def watch():

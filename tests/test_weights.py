@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-import weights
+from codec import weights
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
 

@@ -18,7 +18,7 @@ SMALLEST_GAIN = 1e-6
 
 def choose_codes(model, bits, x, y):
     """Return {matrix: int64 scale codes (rows,)} of a GPT, its Fisher information measured on rows x, y (N, T)."""
-    import weights
+    from codec import weights
     from model import build, model_args
     args = dict(model_args(model), dropout=0.0)
     folded = weights.fold(model.state_dict(), args)
@@ -36,7 +36,7 @@ class Grid:
 
     def __init__(self, named_params, codes):
         if codes:
-            from weights import scale_from
+            from codec.weights import scale_from
         self.codes, self.theta = codes, [named_params[n].detach() for n in codes]
         self.behind = [torch.empty_like(p) for p in self.theta]
         self.steps = [torch.from_numpy(scale_from(c.numpy())).to(p)[:, None]

@@ -11,9 +11,9 @@ import os
 
 import numpy as np
 
-from bins import Bin, BinWriter, sha256_file
 from configurator import require
-from metadata import CLOSE, prefix_of, segments_of
+from corpus.bins import Bin, BinWriter, sha256_file
+from corpus.metadata import CLOSE, prefix_of, segments_of
 
 PAD, TEXT, PREFIX, MARKUP = range(4)
 LOSSES = {'text': (TEXT,), 'text+markup': (TEXT, MARKUP)}

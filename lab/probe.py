@@ -1,9 +1,9 @@
 """Ask what a vector still knows: train a fresh decoder to regenerate the input from a frozen encoder's last state.
 
-    python probe.py config/probe_sample_16.py --from_ckpt=out/a,out/b           a table with a row for each encoder
-    python probe.py config/probe_512.py --from_ckpt=out/RUN/ckpt.pt --untrained     and its shape with fresh weights
-    torchrun --nproc_per_node=8 probe.py config/probe_512.py --from_ckpt=gpt2 --dataset=wikitext103     a hub id
-    python probe.py --mode=entropy --from_ckpt=out/RUN --max_rows=8             what each token of some rows costs
+    python -m lab.probe config/probe_sample_16.py --from_ckpt=out/a,out/b           a table with a row for each encoder
+    python -m lab.probe config/probe_512.py --from_ckpt=out/RUN/ckpt.pt --untrained     and its shape with fresh weights
+    torchrun --nproc_per_node=8 -m lab.probe config/probe_512.py --from_ckpt=gpt2 --dataset=wikitext103     a hub id
+    python -m lab.probe --mode=entropy --from_ckpt=out/RUN --max_rows=8             what each token of some rows costs
 
 In: checkpoints, data set. Out: OUT_DIR/{run.json, table.md, table.csv}; OUT_DIR/ENCODER/{ckpt.pt, log.txt,
 train_loss.csv, loss.png, run.json} of each decoder, or OUT_DIR/entropy.csv. Exit 85: saved, --init_from=resume goes on.
@@ -30,7 +30,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, one_of, require, run
-from plan import batch_rules, optimizer_rules, rate_at
+from training.plan import batch_rules, optimizer_rules, rate_at
 
 # -----------------------------------------------------------------------------
 # run
@@ -153,12 +153,11 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, signals):
     """Train the decoder of one probe in its run folder; return its numbers, or None where it was saved and stopped."""
     import torch
 
-    import curves
-    import parallel
     import runs
     import score
-    from bins import batch_starts, n_blocks
+    from corpus.bins import batch_starts, n_blocks
     from model import flops_per_token, model_args, optimizer_groups
+    from training import curves, parallel
     T, decoder, path = probe.config.block_size, probe.decoder, os.path.join(folder, 'ckpt.pt')
     c = probe.encoder.config
     reader = replace(c, wrapper='', block_size=T, n_layer=c.n_layer_encoder or c.n_layer)
@@ -316,8 +315,8 @@ def main(argv=None):
 
     import runs
     import score
-    from bins import open_bin
-    from encoders import with_objective
+    from corpus.bins import open_bin
+    from corpus.objectives import with_objective
     from model import build
     signals = runs.StopSignals(max_runtime if mode == 'information' else 0)
     env, loaded = runs.Env(device, dtype), [runs.load_checkpoint(path) for path in paths]

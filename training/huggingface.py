@@ -190,7 +190,7 @@ def tokenizer_folder(checkpoint):
 
     One of train_tokenizer.py must have the hash in its name: a data set made anew may hold other ids.
     """
-    from bins import dataset_folder, sha256_file
+    from corpus.bins import dataset_folder, sha256_file
     data = checkpoint['data']
     _, own, digest = data['tokenizer'].partition('@')
     known = [data.get('tokenizer_folder', '')]

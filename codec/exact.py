@@ -19,9 +19,9 @@ import math
 import numpy as np
 import torch
 
+from codec.tables import ACTIVATION_ENTRIES, EXP_STEPS, activation_table, exp_table, rotation_table
 from configurator import UserError
-from mixers import unfold
-from tables import ACTIVATION_ENTRIES, EXP_STEPS, activation_table, exp_table, rotation_table
+from model import unfold
 
 FREQUENCY_TOP = 1 << 24                         # frequency of the likeliest symbol; every symbol has at least 1
 SITES = {'attention': ('x1', 'a1', 'q', 'k', 'v', 'o', 'x2', 'a2', 'u', 'd'),       # per block; then x, a of the head
@@ -90,7 +90,7 @@ def sites_of(args):
 
 
 def triangles(q, n):
-    """Unfold a mixer's folded triangles (mixers.Triangles), (G·n/2, n + 1) -> (G, n, n)."""
+    """Unfold a mixer's folded triangles (model.Triangles), (G·n/2, n + 1) -> (G, n, n)."""
     return unfold(torch.from_numpy(q).reshape(-1, n // 2, n + 1)).numpy()
 
 

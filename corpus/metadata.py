@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote_plus, urlsplit
 
 from configurator import UserError, require
-from sources import text_bytes_of
+from corpus.documents import text_bytes_of
 
 TYPES = ('url', 'timestamp', 'datasource', 'title', 'website_description', 'length', 'html', 'entity', 'paragraph',
          'length_sentence')

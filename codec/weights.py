@@ -18,8 +18,7 @@ import constriction
 import numpy as np
 import torch
 
-from configurator import UserError
-from exact import (
+from codec.exact import (
     ACTIVATION_ENTRIES,
     WIDE_LIMIT,
     Exact,
@@ -31,6 +30,7 @@ from exact import (
     sites_of,
     triangles,
 )
+from configurator import UserError
 
 CHUNK = 4096                                    # weights between two updates of the counts
 BUCKETS = 17                                    # |q| < 2^15

@@ -1,15 +1,15 @@
 """Measure speed as ratios to a named baseline, in one process, in interleaved pairs; prints one table per area.
 
-    python bench.py procedures              rl1, drr, pmmp, lean pmmp, Muon, a grid against a vanilla step
-    python bench.py plain                   our step against a plain nanoGPT-style loop, three shapes
-    python bench.py step CONFIG.py          a config of train.py or distill.py: step time, tokens/s, peak memory and
+    python -m lab.bench procedures              rl1, drr, pmmp, lean pmmp, Muon, a grid against a vanilla step
+    python -m lab.bench plain                   our step against a plain nanoGPT-style loop, three shapes
+    python -m lab.bench step CONFIG.py          a config of train.py or distill.py: step time, tokens/s, peak memory and
                                             the share of the device's rate for a large matrix product
-    python bench.py distil                  a step of distillation against a student's step and a teacher's forward
-    python bench.py mixture                 a step on a mixture of two sets against one on a single set
-    python bench.py mixer                   blocks of mixers against a block of attention
-    python bench.py data                    a batch drawn, against nanoGPT's get_batch
-    python bench.py evaluation              a split scored, against one row at a time
-    python bench.py codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
+    python -m lab.bench distil                  a step of distillation against a student's step and a teacher's forward
+    python -m lab.bench mixture                 a step on a mixture of two sets against one on a single set
+    python -m lab.bench mixer                   blocks of mixers against a block of attention
+    python -m lab.bench data                    a batch drawn, against nanoGPT's get_batch
+    python -m lab.bench evaluation              a split scored, against one row at a time
+    python -m lab.bench codec CKPT FILE         two-part archive of a file: bytes, kB/s each way with 1 and 2 threads
 
 Numbers are medians over --pairs rounds in which every candidate runs once, in rotating order; spread is the
 interquartile range of the per-round ratio. Writes --json_path (area -> rows), from which README's numbers are taken.
@@ -67,10 +67,10 @@ def training_step(config, env, procedure, rows, lean=False, muon=False, grid_bit
     """Return a closure that takes one training step as train.py does: forward, backward, edit, norms, optimiser."""
     import torch
 
-    import qat
     import sparse
+    from codec import grid as qat
     from model import GPT
-    from muon import make_optimizer
+    from training.optim import make_optimizer
     torch.manual_seed(0)
     model = GPT(config).to(env.device)
     model.recompute = recompute
@@ -206,8 +206,8 @@ def bench_mixture(env):
     """Drawing rows of one set or of two and the same step after it; sources in memory, 10 MB each."""
     import numpy as np
 
-    from bins import Bin, batch_starts
-    from mixture import Mixture
+    from corpus.bins import Bin, batch_starts
+    from corpus.mixture import Mixture
     config, rows, T = size_config('transformer200k', 256), 16, 256
     one, two = (Bin(np.random.default_rng(k).integers(256, size=10 ** 7, dtype=np.uint8), name=str(k)) for k in (1, 2))
     mix, step, at = Mixture([one, two], [0.5, 0.5], T), training_step(config, env, 'vanilla', rows), itertools.count()
@@ -251,7 +251,7 @@ def bench_data(env):
     import numpy as np
     import torch
 
-    from bins import Bin, batch_starts
+    from corpus.bins import Bin, batch_starts
     tokens, rows, T, at = np.random.default_rng(0).integers(50257, size=10 ** 7, dtype=np.uint16), 64, 1024, [0]
     data = Bin(tokens, 50257)
 
@@ -277,7 +277,7 @@ def bench_evaluation(env):
     import torch.nn.functional as F
 
     import score
-    from bins import Bin
+    from corpus.bins import Bin
     from model import GPT
     config, T = size_config('transformer800k', 256), 256
     model = GPT(config).to(env.device).eval()
@@ -303,7 +303,7 @@ def bench_distil(env, block_size=128, n_layer=6):
     import torch
 
     from model import GPT
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'distill.py')
+    here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'distill.py')
     config, knobs = gpt2_config(block_size=block_size, n_layer=n_layer), knobs_of(here)[0]
     teacher = GPT(gpt2_config(block_size=block_size)).to(env.device).eval().requires_grad_(False)
     alone, x = training_step(config, env, 'vanilla', 1), torch.randint(50257, (1, block_size), device=env.device)
@@ -321,7 +321,7 @@ def product_flops(env):
     """Floating-point operations per second of a large matrix product in a run's own precision."""
     import torch
 
-    from cpu import linear
+    from model import linear
     n = 8192 if env.kind == 'cuda' else 1024
     a, b = (torch.randn(n, n, device=env.device, dtype=getattr(torch, env.dtype)) for _ in range(2))
     return 2 * n ** 3 / statistics.median(interleave(dict(product=lambda: linear(a, b)), 5 * pairs, env)['product'])
@@ -338,7 +338,7 @@ def bench_step(env, path):
     from model import GPT, SIZES, config_from_knobs, flops_per_token
     with open(path, encoding='utf-8') as f:
         script = 'distill.py' if 'distill.py' in f.readline() else 'train.py'
-    defaults, _ = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), script))
+    defaults, _ = knobs_of(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), script))
     knobs = run_config_file(path, dict(defaults), defaults)
     config = config_from_knobs(knobs, 50257 if knobs['model'].startswith('gpt2') else 256)
     rows = knobs['micro_batch_size'] or knobs['batch_size']
@@ -346,7 +346,7 @@ def bench_step(env, path):
     if env.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     if script == 'train.py':
-        require((not config.wrapper, f'bench.py step takes decoders, {path} has wrapper = {config.wrapper!r}'))
+        require((not config.wrapper, f'lab.bench step takes decoders, {path} has wrapper = {config.wrapper!r}'))
         step = training_step(config, env, knobs['procedure'], rows, knobs['pmmp_state'] == 'lean',
                              knobs['matrix_optimizer'] == 'muon', recompute=knobs['activation_checkpointing'])
     else:
@@ -372,12 +372,11 @@ def bench_codec(env, checkpoint, path):
 
     import torch
 
-    import archive
     import compress
-    import exact
     import runs
+    from codec import container, exact
     from configurator import UserError
-    raw, rows = archive.read_input(path), []
+    raw, rows = container.read_input(path), []
 
     def timed(what, n_threads, job):
         torch.set_num_threads(n_threads)
@@ -390,14 +389,14 @@ def bench_codec(env, checkpoint, path):
     def pack(name, *flags):
         compress.configure(vars(compress), ['pack', checkpoint, path, name, f'--weight_bits={weight_bits}', *flags],
                            verbs=compress.VERBS)
-        with archive.Output(name) as out:
+        with container.Output(name) as out:
             _, computed = compress.pack(checkpoint, path, out, lambda text: None)
             out.commit()
-        return archive.read_input(name), computed
+        return container.read_input(name), computed
 
     def unpack(n):
         compress.main(['unpack', one, made, f'--threads={n}', '--no-progress'])
-        if archive.read_input(made) != raw:
+        if container.read_input(made) != raw:
             raise UserError(f'the archive decodes to other bytes with {n} threads')
 
     with tempfile.TemporaryDirectory() as folder:
@@ -407,10 +406,10 @@ def bench_codec(env, checkpoint, path):
             raise UserError('archives made with 1 and with 2 threads differ')
         for n in (1, 2):
             timed('unpack', n, lambda n=n: unpack(n))
-        single = archive.read_archive(pack(two, '--no-progress', '--streams=1')[0], two)[3]
-    _, head, _, sections = archive.read_archive(data, path)
+        single = container.read_archive(pack(two, '--no-progress', '--streams=1')[0], two)[3]
+    _, head, _, sections = container.read_archive(data, path)
     model, _ = runs.load_model(checkpoint)
-    ids, _ = archive.tokenize(raw, head['tokenizer'])
+    ids, _ = container.tokenize(raw, head['tokenizer'])
     x, y = compress.sample(ids, head['start_id'], head['args']['block_size'], 32)
     fp32, integer = (bits / y.size for bits in (
         compress.float_bits(model.eval(), x, y).sum() * len(x),
@@ -433,12 +432,12 @@ def main(argv=None):
     import torch
 
     import runs
-    from bins import write_json
+    from corpus.bins import write_json
     if threads:
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
     rows = globals()[f'bench_{verb}'](env, *paths)
-    print(f'# bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
+    print(f'# lab/bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' {"once each" if verb == "codec" else f"medians of {pairs} rounds"}')
     print(runs.markdown(rows, tuple(rows[0])))
     if json_path:

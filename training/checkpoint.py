@@ -7,8 +7,8 @@ import platform
 import shutil
 import subprocess
 
-from bins import sha256_file
 from configurator import UserError, knobs_of, require
+from corpus.bins import sha256_file
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
 
@@ -42,7 +42,7 @@ def save_checkpoint(path, checkpoint, keep_last=1):
     checkpoint = dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id())
     try:
         if sharded:
-            from parallel import save_sharded
+            from training.parallel import save_sharded
             if dist.get_rank() == 0:
                 remove(tmp)
             dist.barrier()
@@ -86,14 +86,14 @@ def newest_checkpoint(folder):
 def load_checkpoint(path, device='cpu'):
     """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError.
 
-    Hugging Face folders, and hub ids, which is what names nothing here, come as gpt2.load makes them.
+    Hugging Face folders, and hub ids, which is what names nothing here, come as huggingface.load makes them.
     """
     import torch
 
-    import gpt2
+    from training import huggingface
     path = os.fspath(path)
-    if gpt2.is_named_by(path):
-        return gpt2.load(path)
+    if huggingface.is_named_by(path):
+        return huggingface.load(path)
     sharded = os.path.exists(os.path.join(path, '.metadata')) or path.endswith('.sharded')
     if os.path.isdir(path) and not sharded:
         path = newest_checkpoint(path)
@@ -102,7 +102,7 @@ def load_checkpoint(path, device='cpu'):
         raise UserError(f'no checkpoint at {path!r}; train one with python train.py config/sample_pmmp.py')
     try:
         if sharded:
-            from parallel import load_sharded
+            from training.parallel import load_sharded
             checkpoint = load_sharded(path)
         else:
             checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -139,6 +139,24 @@ def load_weights(model, checkpoint, path):
     model.load_state_dict(checkpoint['model'])
 
 
+def load_encoder(model, path):
+    """Copy the encoder of a checkpoint, or a plain model without its head, into a model's encoder."""
+    require((getattr(model, 'encoder', None) is not None, f'encoder_ckpt = {path!r}: this model has no encoder'))
+    checkpoint, mine = load_checkpoint(path), model.encoder.state_dict()
+    args, prefix = checkpoint['model_args'], 'encoder.' if checkpoint['model_args'].get('wrapper') else ''
+    theirs = {n.removeprefix(prefix): t for n, t in checkpoint['model'].items()
+              if n.startswith(prefix) and not n.startswith('head.')}
+    if args['n_embd'] != model.config.n_embd:
+        raise UserError(f'{path} holds an encoder of width {args["n_embd"]}, this model has n_embd ='
+                        f' {model.config.n_embd}; they must be the same')
+    shapes, expected = ({n: t.shape for n, t in state.items()} for state in (theirs, mine))
+    if shapes != expected:
+        strange = min(set(shapes.items()) ^ set(expected.items()))[0]
+        raise UserError(f'{path} holds an encoder of another shape ({strange}); use its n_layer (as n_layer_encoder),'
+                        ' block_type and length')
+    model.encoder.load_state_dict(theirs)
+
+
 def check_resume(start, path, data, config, fixed, script):
     """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`.
 
@@ -161,9 +179,9 @@ def weights_alone(checkpoint):
 
 def parent_of(path):
     """Name and hash of the checkpoint that a new one descends from."""
-    import gpt2
-    if gpt2.is_named_by(path):
-        hashes = [sha256_file(f) for f in gpt2.weight_files(gpt2.folder_of(path))]
+    from training import huggingface
+    if huggingface.is_named_by(path):
+        hashes = [sha256_file(f) for f in huggingface.weight_files(huggingface.folder_of(path))]
         return dict(path=path, sha256=','.join(hashes))
     if os.path.isdir(path) and not path.endswith('.sharded'):
         path = newest_checkpoint(path)

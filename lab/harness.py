@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on the tasks of lm_eval, EleutherAI's harness, as it stands: no conversion, no transformers.
 
-    python harness.py --from_ckpt=out/gpt2_distil6 --tasks=lambada_openai,hellaswag      pip install lm_eval first
-    python harness.py --from_ckpt=gpt2 --tasks=mine --task_folder=tasks --limit=100       own tasks: tasks/*.yaml
+    python -m lab.harness --from_ckpt=out/gpt2_distil6 --tasks=lambada_openai,hellaswag      pip install lm_eval first
+    python -m lab.harness --from_ckpt=gpt2 --tasks=mine --task_folder=tasks --limit=100       own tasks: tasks/*.yaml
 
 In: a checkpoint, run folder, Hugging Face folder or hub id; its tokenizer. Out: lm_eval's table, and OUT_DIR/run.json
 with its results. `python gpt2.py export` gives a folder for lm_eval's own `hf` model; the numbers are the same.
@@ -26,12 +26,12 @@ dtype = 'auto'
 
 def tokens_of(checkpoint):
     """Return (encode: str -> ids, decode: ids -> str) of a checkpoint's tokenizer."""
-    import gpt2
-    from archive import byte_strings
+    from codec.container import byte_strings
+    from training import huggingface
     name = checkpoint['data']['tokenizer']
     if name == 'byte':
         return (lambda text: list(text.encode())), (lambda ids: bytes(ids).decode('utf-8', 'replace'))
-    folder = gpt2.tokenizer_folder(checkpoint)
+    folder = huggingface.tokenizer_folder(checkpoint)
     require((name == 'gpt2' or folder, f'no tokenizer.json of {name!r} was found beside {from_ckpt} or its data set'))
     strings, encode = byte_strings('gpt2' if name == 'gpt2' else os.path.join(folder, 'tokenizer.json'))
     return encode, lambda ids: b''.join(strings[i] for i in ids).decode('utf-8', 'replace')
@@ -98,7 +98,7 @@ class Scorer:
         texts = []
         for context, how in (request.args for request in requests):
             until, n, text = how.get('until') or [], how.get('max_gen_toks', max_new_tokens), ''
-            require((not how.get('do_sample') or not how.get('temperature'), 'a task asks for sampling; harness.py'
+            require((not how.get('do_sample') or not how.get('temperature'), 'a task asks for sampling; lab/harness.py'
                      ' generates greedily'))
             ids, new = [self.start, *self.encode(context)], []
             while len(new) < n and not any(stop in text for stop in until):

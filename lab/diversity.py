@@ -1,7 +1,7 @@
 """Measure how diverse data sets are: Task2Vec diversity coefficient, cross-diversity, and cheap companions.
 
-    python diversity.py config/diversity_task2vec.py --dataset=pubmed,uspto,mix          GPT-2 as probe
-    python diversity.py --probe=out/RUN --dataset=mine --n_batches=8 --n_sequences=64    one of our own checkpoints
+    python -m lab.diversity config/diversity_task2vec.py --dataset=pubmed,uspto,mix          GPT-2 as probe
+    python -m lab.diversity --probe=out/RUN --dataset=mine --n_batches=8 --n_sequences=64    one of our own checkpoints
 
 In: data sets, a probe network. Out: a table and OUT_DIR/{run.json, table.md, table.csv, NAME-HASH/BATCH.npy}. Each
 batch of text is embedded by what a probe, its head fitted to the batch, would learn from it: the diagonal Fisher
@@ -99,7 +99,7 @@ def fisher(model, head, x, uniforms, micro):
     import torch
     from torch.nn import functional as F
 
-    from cpu import linear
+    from model import linear
     layers, taken = fisher_layers(model), {}
     position = getattr(model, 'position', None)
 
@@ -137,7 +137,7 @@ def fit_head(model, x, y, micro, generator):
     import torch
     from torch.nn import functional as F
 
-    from cpu import linear
+    from model import linear
     with torch.no_grad():
         states = torch.cat([model.hidden(x[i:i + micro]) for i in range(0, len(x), micro)])     # (n, T, C)
     head = model.head.weight.detach().clone().requires_grad_()                  # untied from the embedding
@@ -222,7 +222,7 @@ class Blocks:
                  f' n_batches = {n_batches}; give it more text or use fewer batches'))
 
     def rows(self, b):
-        from bins import key_of, permute
+        from corpus.bins import key_of, permute
         if hasattr(self.data, 'n_batches'):
             starts = self.data.starts('permuted', seed, b, n_sequences)
         else:
@@ -257,7 +257,7 @@ def jaccard(a, b):
 
 def check_protocol(protocol):
     """Refuse a folder that holds numbers of another protocol; note this one in an empty one."""
-    from bins import write_json
+    from corpus.bins import write_json
     path = os.path.join(out_dir, 'protocol.json')
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
@@ -272,7 +272,7 @@ def check_protocol(protocol):
 
 def embeddings_of(source, model, env, progress):
     """Return the embeddings (n_batches, width) of a source; those of an earlier run are read, each new one is kept."""
-    from bins import key_of
+    from corpus.bins import key_of
     folder = os.path.join(out_dir, f'{source.name}-{hashlib.sha256(source.sha256.encode()).hexdigest()[:8]}')
     os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f'{b}.npy') for b in range(n_batches)]
@@ -302,8 +302,8 @@ def main(argv=None):
     from tqdm import tqdm
 
     import runs
-    from bins import open_bin
-    from mixture import open_data, parse_mix
+    from corpus.bins import open_bin
+    from corpus.mixture import open_data, parse_mix
     env = runs.Env(device, 'float32')
     model, checkpoint = runs.load_model(probe, env.device)
     model.eval().requires_grad_(False)

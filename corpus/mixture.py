@@ -11,8 +11,8 @@ import hashlib
 
 import numpy as np
 
-from bins import key_of, open_bin, permute, read_meta, split_names
 from configurator import UserError, require
+from corpus.bins import key_of, open_bin, permute, read_meta, split_names
 
 SUPER_BLOCK = 1000              # rows
 

@@ -20,14 +20,13 @@ import constriction
 import numpy as np
 import torch
 
-import exact
-import weights
-from archive import CODED, DAMAGED, ONLINE, STORED, Bar, arithmetic_hash, read_input, write_archive
-from bins import NEWLINE, key_of, mix64
+from codec import exact, weights
+from codec.container import CODED, DAMAGED, ONLINE, STORED, Bar, arithmetic_hash, read_input, write_archive
 from configurator import UserError, at_least, require
+from corpus.bins import NEWLINE, key_of, mix64
 from model import ModelConfig, build
-from muon import is_muons
 from runs import cpu_name
+from training.optim import is_muons
 
 PARTS = 2                                       # of a batch: part of the format, since float sums depend on it
 LEVELS = 255                                    # of a weight's magnitude in its row while coding

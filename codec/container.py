@@ -16,8 +16,8 @@ import zlib
 
 import numpy as np
 
-import tokens
 from configurator import UserError
+from corpus import tokens
 
 MAGIC, VERSION = b'nMDL', 1
 TWO_PART, ONLINE = 1, 2
@@ -153,8 +153,8 @@ class Bar:
 def byte_strings(name):
     """Return (byte string of every id, encode: str -> ids) of a tokenizer: 'gpt2', or a tokenizers JSON file."""
     if name == 'gpt2':
-        import gpt2
-        t = gpt2.encoding()
+        from training import huggingface
+        t = huggingface.encoding()
         strings = [t.decode_single_token_bytes(i) for i in range(t.n_vocab)]
         return strings, lambda text: t.encode(text, disallowed_special=())
     try:
@@ -291,7 +291,7 @@ def arithmetic_hash(args):
     """Hash of the integer tables and of a test message through the range coder: what an archive's numbers rest on."""
     import constriction
 
-    from exact import tables_hash
+    from codec.exact import tables_hash
     encoder = constriction.stream.queue.RangeEncoder()
     weights = (np.arange(64 * 32).reshape(64, 32) * 7919 % 1009 + 1).astype(np.float64)
     family = constriction.stream.model.Categorical(perfect=False)

@@ -248,7 +248,7 @@ def open_bin(data_dir, dataset, split, verify=False):
     found = Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
                 meta['tokenizer']['name'], entry.get('words', 0), lengths)
     found.index = os.path.join(folder, entry['index']) if 'index' in entry else ''
-    import rows
+    from corpus import rows
     return rows.Rows.of(found, meta['rows'], entry, folder, again, verify) if 'mask' in entry else found
 
 

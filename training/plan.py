@@ -123,7 +123,7 @@ def memory_by_part(model_config, k, n_ranks, wide):
 
 def print_plan(config, k, model_config, n_ranks, train_tokens, phases=None):
     """Print resolved knobs, then parameters, FLOPs, steps, tokens, estimated memory; train_tokens 0 = unknown."""
-    from bins import n_blocks
+    from corpus.bins import n_blocks
     from model import flops_per_token, n_parameters
     for key, value in config.items():
         print(f'{key} = {value!r}')

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from bins import sha256_file
 from configurator import UserError, require
-from sources import chunks_of
+from corpus.bins import sha256_file
+from corpus.documents import chunks_of
 
 PIECE = 1 << 16                 # characters tokenised at once; a longer document is cut where the result stays the same
 CUT = re.compile('[A-Za-z](?= )')
@@ -42,8 +42,8 @@ def load_tokenizer(name, end_of_text=END_OF_TEXT, n_threads=0, data_dir='data'):
         return None
     path, n_threads = path_of(name, data_dir), n_threads or os.cpu_count() or 1
     if name == 'gpt2':
-        import gpt2
-        enc = gpt2.encoding()
+        from training import huggingface
+        enc = huggingface.encoding()
         pieces = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)]
         digest = hashlib.sha256(b''.join(len(p).to_bytes(2, 'little') + p for p in pieces)).hexdigest()
         tok = tiktoken_tokenizer(enc, name, digest, '', n_threads)

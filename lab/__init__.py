@@ -1,0 +1,1 @@
+"""Studies beside the main road, each run as python -m lab.NAME."""
