@@ -24,7 +24,7 @@ import time
 from contextlib import nullcontext
 from itertools import takewhile
 
-from configurator import UserError, configure, one_of, require, run
+from configurator import UserError, configure, one_of, require, run, say_in_one_line
 from corpus.bins import write_json
 from training.checkpoint import (  # for scripts, which know them as runs.load_checkpoint and so on
     CHECKPOINT_FORMAT,
@@ -111,7 +111,7 @@ class Env:
     def _lost_contact(self, kind, error, trace):
         """A collective that fails because another rank has gone is one line, not a traceback of its transport."""
         if not (issubclass(kind, RuntimeError) and LOST.search(str(error))):
-            return sys.__excepthook__(kind, error, trace)
+            return say_in_one_line(kind, error, trace)
         print(f'error: rank {self.rank} of {self.world} lost contact with another rank, which has died or been killed'
               f' (see its own message); continue with --init_from=resume [{str(error).splitlines()[0][:100]}]',
               file=sys.stderr)

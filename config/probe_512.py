@@ -1,4 +1,4 @@
-# torchrun --nproc_per_node=8 -m lab.probe config/probe_512.py --from_ckpt=out/mixer_fineweb_512,out/mixer_autoencoder_512
+# torchrun --nproc_per_node=8 -m lab.probe config/probe_512.py --from_ckpt=out/mixer_fineweb_512
 # COST about 5 hours on 8 H100-class GPUs for each encoder (estimated: 5.2e18 FLOPs at 8 x 40 TFLOP/s; not run).
 # Needs: the encoders, and their data: python prepare_text.py config/data_fineweb.py. --untrained adds the control.
 # Settings of arXiv 2409.01482 and 2602.13466: 512 tokens, 200,000 steps of 128 rows, linear decay. Published there:

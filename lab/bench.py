@@ -437,7 +437,7 @@ def main(argv=None):
         torch.set_num_threads(threads)
     env = runs.Env(device, dtype)
     rows = globals()[f'bench_{verb}'](env, *paths)
-    print(f'# lab/bench.py {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
+    print(f'# lab.bench {verb}: {runs.hardware(env)}, torch {torch.__version__}, commit {runs.commit_id() or "none"},'
           f' {"once each" if verb == "codec" else f"medians of {pairs} rounds"}')
     print(runs.markdown(rows, tuple(rows[0])))
     if json_path:

@@ -4,6 +4,7 @@ No test needs a network, a GPU or a file that it did not make. Sizes are tiny: a
 """
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -57,6 +58,24 @@ def run_script(*argv, timeout=60, cwd=None, **environ):
     env = dict(os.environ, OMP_NUM_THREADS='1', GOMP_SPINCOUNT='1000', PYTHONPATH=ROOT, **environ)
     return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=timeout,
                           cwd=cwd or ROOT, env=env)
+
+
+def run_here(script, *argv):
+    """Run a script in this process as `python SCRIPT argv...` would; returns its exit status. UserErrors come through.
+
+    script: a path below the repository, 'train.py' or 'lab/probe.py'.
+    """
+    argv_before = sys.argv
+    hook_before = sys.excepthook
+    sys.argv = [script, *map(str, argv)]
+    try:
+        runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except SystemExit as e:
+        return 0 if e.code is None else e.code
+    finally:
+        sys.argv = argv_before
+        sys.excepthook = hook_before
+    return 0
 
 
 def torchrun(n_ranks, script, *argv, timeout=90):

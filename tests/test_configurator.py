@@ -1,5 +1,8 @@
 """configurator.py: knobs from a script's source, config files and flags; mistakes end in one line with the cure."""
+import signal
+
 import pytest
+from conftest import run_script
 
 import configurator
 from configurator import UserError, configure, knobs_of, require
@@ -140,12 +143,30 @@ def test_require_collects_all_problems():
     assert 'a = 1' in message and 'b = 2' not in message and 'c = nan' in message and "did you mean 'pmmp'" in message
 
 
-def test_run_turns_a_user_error_into_exit_code_1(capsys):
-    """Exit codes: 1 and one line for a mistake, main's own value otherwise."""
-    def fails():
-        raise UserError('x = 1, expected 2')
-    for main, code in ((fails, 1), (lambda: 85, 85), (lambda: 0, 0), (lambda: None, None)):
-        with pytest.raises(SystemExit) as e:
-            configurator.run(main)
-        assert e.value.code == code
-    assert capsys.readouterr().err == 'error: x = 1, expected 2\n'
+PROGRAM = """
+import configurator
+def main():
+    {body}
+configurator.run(main)
+"""
+
+
+def test_mistakes_of_a_script_are_one_line(tmp_path):
+    """Exit codes: 1 and one line for a mistake, a signal's for Ctrl-C and a reader that has gone, else main's own."""
+    cases = {"raise configurator.UserError('x = 1, expected 2')": (1, 'error: x = 1, expected 2\n'),
+             'return 85': (85, ''), 'return 0': (0, ''), 'return None': (0, ''),
+             'raise KeyboardInterrupt': (-signal.SIGINT, 'interrupted\n'),
+             'raise BrokenPipeError': (-signal.SIGPIPE, '')}
+    for body, expected in cases.items():
+        path = tmp_path / 'script.py'
+        path.write_text(PROGRAM.format(body=body))
+        done = run_script(path)
+        assert (done.returncode, done.stderr) == expected, body
+
+
+def test_an_imported_script_keeps_its_defaults(tmp_path, monkeypatch):
+    """configure reads the command line where the script is the program, and nowhere else."""
+    path = tmp_path / 'script.py'
+    path.write_text('seed = 1\n')
+    monkeypatch.setattr('sys.argv', ['pytest', '--seed=3'])
+    assert configurator.configure(dict(__file__=str(path), __doc__='', __name__='script')) == dict(seed=1)

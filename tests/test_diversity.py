@@ -1,4 +1,4 @@
-"""lab/diversity.py: the fast Fisher against autograd per sequence, the layout, distances, bounds, protocol, resuming."""
+"""lab/diversity.py: the fast Fisher against autograd per sequence, the layout, distances, bounds, protocol, resume."""
 import json
 import os
 
