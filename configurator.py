@@ -2,7 +2,8 @@
 
     python SCRIPT.py [VERB PATH...] [CONFIG.py...] [--key=value...]      --help prints the knobs as the source has them
 
-A knob is a public lower-case int, float, bool or str assigned a literal at the top level of the script. A config file
+A knob is a public lower-case int, float, bool or str assigned a literal at the top level of the script; a script that
+says configure(globals(), fields_of='model.ModelConfig') takes the fields of that dataclass as knobs too. A config file
 is Python, run in a namespace that holds the current values, so `epochs = epochs * 2` works; names that start with `_`
 are private to it. "Off" is '', 0 or -1, as each knob's comment says.
 """
@@ -18,28 +19,84 @@ class UserError(ValueError):
     """A mistake the user can mend: one line with the value, the expectation and the cure."""
 
 
+# Knobs and scripts of earlier versions: {name: (the only value that may still be given, what to do instead)}.
+RETIRED = {
+    'decoupled': (False, 'the penalty goes through the optimiser, as published'),
+    'muon_rate_ratio': (1.0, "Muon takes learning_rate, scaled to the size of AdamW's steps"),
+    'qat_rows': (32, 'the grid is chosen on 32 rows'),
+    'tokens_per_second': (0.0, '--check prints hours for two speeds'),
+}
+
+
 def knobs_of(path):
     """Return ({knob: default}, source text of the knob block) of a script, read from its source: nothing is run."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    defaults, first, last = {}, None, None
-    for node in ast.parse(source).body:
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            continue
-        name = node.targets[0].id
-        if name.startswith('_') or not name.islower():
-            continue
-        try:
-            value = ast.literal_eval(node.value)
-        except ValueError:
-            continue
-        if type(value) in (int, float, bool, str):
-            defaults[name] = value
-            first, last = first or node.lineno, node.end_lineno
+    body = ast.parse(source).body
     lines = source.splitlines()
-    while first and first > 1 and lines[first - 2].startswith('#'):
+    defaults = {}
+    places = []
+    for node in body:
+        name, value = literal_of(node)
+        if name:
+            defaults[name] = value
+            places.append(node)
+    block = text_between(lines, places)
+    for module, name in dataclasses_named_in(body):
+        fields, text = fields_of(os.path.join(os.path.dirname(path), f'{module}.py'), name)
+        defaults.update({field: value for field, value in fields.items() if field not in defaults})
+        block += f'\n# fields of {name} in {module}.py are knobs too\n{text}'
+    return defaults, block
+
+
+def literal_of(node):
+    """Return the name and the value of a knob that a statement assigns, ('', None) where it assigns none."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target = node.targets[0]
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        target = node.target
+    else:
+        return '', None
+    if not isinstance(target, ast.Name) or target.id.startswith('_') or not target.id.islower():
+        return '', None
+    try:
+        value = ast.literal_eval(node.value)
+    except ValueError:
+        return '', None
+    if type(value) not in (int, float, bool, str):
+        return '', None
+    return target.id, value
+
+
+def text_between(lines, nodes):
+    """Return the source lines from the first statement to the last, with the comments right above the first."""
+    if not nodes:
+        return ''
+    first = nodes[0].lineno
+    while first > 1 and lines[first - 2].lstrip().startswith('#'):
         first -= 1
-    return defaults, '\n'.join(lines[first - 1:last]) if first else ''
+    return '\n'.join(lines[first - 1:nodes[-1].end_lineno])
+
+
+def dataclasses_named_in(body):
+    """Yield (module, class) of each `configure(..., fields_of='module.Class')` among top-level statements."""
+    for node in body:
+        call = getattr(node, 'value', None)
+        if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure':
+            for keyword in call.keywords:
+                if keyword.arg == 'fields_of':
+                    yield keyword.value.value.split('.')
+
+
+def fields_of(path, name):
+    """Return ({field: default}, source text) of a dataclass in a file."""
+    with open(path, encoding='utf-8') as f:
+        source = f.read()
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name]
+    assert found, f'{path} has no class {name}'
+    nodes = [node for node in found[0].body if literal_of(node)[0]]
+    fields = dict(literal_of(node) for node in nodes)
+    return fields, text_between(source.splitlines(), nodes)
 
 
 def coerce(name, value, default, where):
@@ -73,6 +130,22 @@ def parse(name, text, default, where):
     return coerce(name, value, default, where)
 
 
+def names_in(text):
+    """Return the parts of a comma-separated list, without spaces around them and without empty ones."""
+    return [part.strip() for part in text.split(',') if part.strip()]
+
+
+def retired(name, value, where):
+    """Say whether a knob of an earlier version is given at the value that it now always has; refuse another value."""
+    if name not in RETIRED:
+        return False
+    only, instead = RETIRED[name]
+    if value != only:
+        raise UserError(f'{where}: {name} = {value!r} is no knob any more (it was {only!r} in every shipped config);'
+                        f' {instead}')
+    return True
+
+
 def unknown(name, defaults, where):
     close = difflib.get_close_matches(name, defaults, 1, 0.5)
     hint = f'did you mean {close[0]}?' if close else 'see --help for the list'
@@ -98,18 +171,21 @@ def run_config_file(path, values, defaults):
     for name, value in space.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):
             continue
+        if retired(name, value, path):
+            continue
         if name not in defaults:
             raise unknown(name, defaults, path)
         values[name] = coerce(name, value, defaults[name], path)
     return values
 
 
-def configure(namespace, argv=None, verbs=None):
+def configure(namespace, argv=None, verbs=None, fields_of=''):
     """Set a script's knobs from argv and return them as a dict; with verbs, return (verb, paths, dict).
 
     namespace: globals() of the script. argv: list of str; by default the command line where the script is the program,
-    and nothing where it is imported. verbs: {verb: number of paths}. Defaults are read from the source, so a second
-    call in one process starts afresh. Raises UserError; --help exits 0.
+    and nothing where it is imported. verbs: {verb: number of paths}. fields_of: a dataclass whose fields are knobs too,
+    found in the source by knobs_of. Defaults are read from the source, so a second call in one process starts afresh.
+    Raises UserError; --help exits 0.
     """
     if argv is None and namespace.get('__name__', '__main__') != '__main__':
         defaults, _ = knobs_of(namespace['__file__'])
@@ -153,6 +229,8 @@ def configure(namespace, argv=None, verbs=None):
             values[name] = True
         elif not equals and name.startswith('no_') and isinstance(defaults.get(name[3:]), bool):
             values[name[3:]] = False
+        elif name in RETIRED:
+            retired(name, parse(name, text, RETIRED[name][0], 'command line'), 'command line')
         elif name in defaults:
             raise UserError(f'command line: --{name} needs a value, write --{name}={defaults[name]!r}')
         else:

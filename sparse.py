@@ -1,14 +1,74 @@
-"""Sparsity: the procedures, masks (TAMADE, exact-count magnitude, γ < ½), dead units, and how many bytes a model is.
+"""Sparsity: masks (TAMADE, exact-count magnitude, γ < ½), units that do nothing, and how many bytes a model is.
 
-One keep rule everywhere: a weight stays if |θ| >= ε. Masks are {parameter name: bool tensor}; zeros are only added.
+One keep rule everywhere: a weight stays if |θ| >= ε. Masks are {parameter name: bool tensor}; zeros are only added. The
+procedures that make weights small are in train.py.
 """
 import torch
 
 from model import ACTIVATIONS
-from training.parallel import load_optimizer, optimizer_state, part
+from training.parallel import part
 
-EPSILON_MAX, RESOLUTION, MAX_HALVINGS = 0.8, 1e-7, 50       # upstream's; 0.8/2^23 is the first below 1e-7
-CALIBRATION_BLOCKS = 100
+EPSILON_MAX = 0.8                       # of TAMADE, as its authors' code has it; 0.8/2^23 is the first below 1e-7
+RESOLUTION = 1e-7
+MAX_HALVINGS = 50
+CALIBRATION_BLOCKS = 100                # leading validation blocks that its losses are measured on
+
+
+# --- masks ---
+
+class Masks:
+    """Which weights of a model stay, held on weights and gradients of a run.
+
+    named_params {name: this rank's tensor}; saved {name: whole mask} of a checkpoint. Masks of parameters that are not
+    among them (frozen ones) are handed on unchanged.
+    """
+
+    def __init__(self, named_params, saved=None):
+        self.named_params = named_params
+        self.masks = {}
+        self.others = {}
+        for name, mask in (saved or {}).items():
+            if name in named_params:
+                self.masks[name] = part(mask, named_params[name])
+            else:
+                self.others[name] = mask
+        self._list()
+
+    def _list(self):
+        """Keep what the two multi-tensor calls of a step need."""
+        self.tensors = [self.named_params[name] for name in self.masks]
+        self.values = [self.named_params[name].detach() for name in self.masks]
+        self.mask_list = list(self.masks.values())
+
+    def __bool__(self):
+        return bool(self.masks)
+
+    def grow(self, new):
+        """Add the zeros of new masks {name: bool tensor} and set the weights there to zero."""
+        self.masks = merge_masks(self.masks, new)
+        self._list()
+        self.on_weights()
+
+    @torch.no_grad()
+    def on_gradients(self):
+        """Zero the gradients of weights that are gone."""
+        if self.masks:
+            torch._foreach_mul_([t.grad for t in self.tensors], self.mask_list)
+
+    @torch.no_grad()
+    def on_weights(self):
+        """Zero the weights that are gone."""
+        if self.masks:
+            torch._foreach_mul_(self.values, self.mask_list)
+
+    def by_parameter(self):
+        """Return {tensor: mask}, as training.optim.forget takes them."""
+        return dict(zip(self.tensors, self.mask_list))
+
+    def saved(self, view):
+        """Return what a checkpoint holds; view(tensor, like): parallel.full or parallel.as_whole."""
+        mine = {name: view(mask, self.named_params[name]) for name, mask in self.masks.items()}
+        return mine | self.others
 
 
 def regularised(model, which):
@@ -35,7 +95,10 @@ def apply_masks(params, masks):
 
 def merge_masks(old, new):
     """Keep what both keep, so that masks only grow in zeros."""
-    return {n: new[n] & old[n] if n in old else new[n] for n in new} | {n: m for n, m in old.items() if n not in new}
+    merged = dict(old)
+    for name, mask in new.items():
+        merged[name] = mask & old[name] if name in old else mask
+    return merged
 
 
 @torch.no_grad()
@@ -46,8 +109,11 @@ def tamade(loss_of, params, tolerance, epsilon_max=EPSILON_MAX, resolution=RESOL
     restored. Returns (ε, loss before, loss at ε, evaluations); ε is the last accepted point, 0 if none was.
     """
     saved = {n: p.detach().clone() for n, p in params.items()}
-    before = accepted_loss = loss_of()
-    low, high, n_evaluations = 0.0, epsilon_max, 1
+    before = loss_of()
+    accepted_loss = before
+    n_evaluations = 1
+    low = 0.0
+    high = epsilon_max
     while high - low >= resolution and n_evaluations <= MAX_HALVINGS:
         middle = (low + high) / 2
         for n, p in params.items():
@@ -55,7 +121,8 @@ def tamade(loss_of, params, tolerance, epsilon_max=EPSILON_MAX, resolution=RESOL
         loss = loss_of()
         n_evaluations += 1
         if loss <= (1 + tolerance) * before:            # a nan loss is refused
-            low, accepted_loss = middle, loss
+            low = middle
+            accepted_loss = loss
         else:
             high = middle
     for n, p in params.items():
@@ -94,172 +161,9 @@ def masks_by_magnitude(params, sparsity, scope='global'):
     return {n: part.view_as(p) for (n, p), part in zip(params.items(), keep)}
 
 
-# --- procedures: edit(theta, grad, state) after backward, project(state) after the step ---
-# theta and grad are lists of local tensors; grad is edited in place by a handful of multi-tensor operations.
-
-@torch.no_grad()
-def rl1_edit(theta, grad, state):
-    """Add the gradient of alpha·Σ|θ|."""
-    torch._foreach_add_(grad, torch._foreach_sign(theta), alpha=state['alpha'])
-
-
-@torch.no_grad()
-def drr_edit(theta, grad, state):
-    """Add the gradient of alpha·Σ(1 - exp(-beta|θ|)), a smooth count of non-zeros."""
-    pull = torch._foreach_abs(theta)
-    torch._foreach_mul_(pull, -state['beta'])
-    torch._foreach_exp_(pull)
-    torch._foreach_addcmul_(grad, pull, torch._foreach_sign(theta), value=state['alpha'] * state['beta'])
-
-
-@torch.no_grad()
-def pmmp_edit(theta, grad, state):
-    """Edit the gradients for probabilistic minimax pruning, and set those of w, γ, u.
-
-    Objective per weight: alpha·γ + u·((θ - wγ)² + w²γ(1 - γ)), minimised over θ, w, γ and maximised over u, hence the
-    sign of u.grad (Barth & von Petersenn 2025, arXiv 2505.17469). ∂w and ∂γ stand as 2uγ(w - θ) and uw(w - 2θ) + alpha:
-    the same polynomials with fewer cancelling terms.
-    """
-    if 'w' not in state:
-        return _pmmp_lean_edit(theta, grad, state)
-    w, gamma, u = state['w'], state['gamma'], state['u']
-    grad_w, grad_gamma, grad_u = ([t.grad for t in tensors] for tensors in (w, gamma, u))
-    w_gamma = torch._foreach_mul(w, gamma)
-    gap = torch._foreach_sub(theta, w_gamma)                            # d = θ - wγ
-    torch._foreach_addcmul_(grad, u, gap, value=2.0)
-    torch._foreach_copy_(grad_w, w)
-    torch._foreach_sub_(grad_w, theta)                                  # w - θ
-    torch._foreach_copy_(grad_gamma, grad_w)
-    torch._foreach_sub_(grad_gamma, theta)                              # w - 2θ
-    torch._foreach_mul_(grad_gamma, w)
-    torch._foreach_mul_(grad_gamma, u)
-    torch._foreach_add_(grad_gamma, state['alpha'])
-    torch._foreach_mul_(grad_w, gamma)
-    torch._foreach_mul_(grad_w, u)
-    torch._foreach_mul_(grad_w, 2.0)
-    torch._foreach_copy_(grad_u, w_gamma)
-    torch._foreach_mul_(grad_u, w)                                      # w²γ
-    torch._foreach_addcmul_(grad_u, grad_u, gamma, value=-1.0)          # w²γ(1 - γ), never negative
-    torch._foreach_addcmul_(grad_u, gap, gap)
-    torch._foreach_neg_(grad_u)
-
-
-def _pmmp_lean_edit(theta, grad, state):
-    """The same with w at its minimum, which is θ: the objective is alpha·γ + u·θ²(1 - γ)."""
-    pull = torch._foreach_neg(state['gamma'])
-    torch._foreach_add_(pull, 1.0)
-    torch._foreach_mul_(pull, theta)                                    # θ(1 - γ)
-    torch._foreach_addcmul_(grad, state['u'], pull, value=2.0)
-    torch._foreach_mul_(pull, theta)
-    torch._foreach_neg_(pull)                                           # -θ²(1 - γ), the gradient of u
-    grad_gamma = torch._foreach_mul(theta, theta)
-    torch._foreach_mul_(grad_gamma, state['u'])
-    torch._foreach_neg_(grad_gamma)
-    torch._foreach_add_(grad_gamma, state['alpha'])                     # alpha - uθ²
-    for tensors, grads in ((state['gamma'], grad_gamma), (state['u'], pull)):
-        for t, g in zip(tensors, grads):
-            t.grad = g
-
-
-class SignStep(torch.optim.Optimizer):
-    """θ -= lr·sign(gradient), without state: what Adam comes to where a gradient keeps its sign. Frees the gradient."""
-
-    def __init__(self, params, lr=0.0):
-        super().__init__(params, dict(lr=lr))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            grads = [p.grad for p in group['params']]
-            torch._foreach_sign_(grads)
-            torch._foreach_add_(group['params'], grads, alpha=-group['lr'])
-        self.zero_grad()
-
-
-@torch.no_grad()
-def pmmp_project(state):
-    """Keep γ in [0, 1]."""
-    torch._foreach_clamp_min_(state['gamma'], 0.0)
-    torch._foreach_clamp_max_(state['gamma'], 1.0)
-
-
-def no_edit(theta, grad, state):
-    pass
-
-
-def no_project(state):
-    pass
-
-
-PROCEDURES = {'vanilla': (no_edit, no_project), 'rl1': (rl1_edit, no_project), 'drr': (drr_edit, no_project),
-              'pmmp': (pmmp_edit, pmmp_project)}
-
-
-@torch.no_grad()
-def pmmp_state(params, alpha, initial_p, initial_u, make_optimizer, saved=None, lean=False):
-    """Start w at θ, γ at initial_p, u at initial_u, or restore them; call it at the start of the main phase.
-
-    params {name: parameter or this rank's part of it}, the same on all ranks. make_optimizer(tensors) gives the
-    optimiser of w, γ and u; saved is what pmmp_saved returned. lean: without w, which is θ, and with sign steps.
-    """
-    begin = dict(w=lambda p: p.detach().clone(), gamma=lambda p: torch.full_like(p, initial_p),
-                 u=lambda p: torch.full_like(p, initial_u))
-    keys = ('gamma', 'u') if lean else ('w', 'gamma', 'u')
-    state = dict({key: [begin[key](p) for p in params.values()] for key in keys}, alpha=alpha, keys=keys,
-                 names=list(params), theta=list(params.values()))
-    for key in keys:
-        for name, tensor in zip(state['names'], state[key], strict=True):
-            if saved:
-                tensor.copy_(part(saved[key][name], params[name]))
-            tensor.grad = None if lean else torch.zeros_like(tensor)
-    state['optimizer'] = (SignStep if lean else make_optimizer)([t for key in keys for t in state[key]])
-    if saved:
-        load_optimizer(state['optimizer'], saved['optimizer'], len(keys) * state['theta'])
-    return state
-
-
-def pmmp_saved(state, view):
-    """What a checkpoint keeps of PMMP's state: (w,) γ and u by parameter name, and their optimiser.
-
-    view(tensor, like) makes of a rank's part what is to be saved: parallel.full or parallel.as_whole.
-    """
-    named = {key: {n: view(t.detach(), like) for n, t, like in zip(state['names'], state[key], state['theta'])}
-             for key in state['keys']}
-    return dict(named, optimizer=optimizer_state(state['optimizer'], len(state['keys']) * state['theta'], view))
-
-
-@torch.no_grad()
-def pmmp_forget(state, masks):
-    """Drop what masks {name: bool tensor} drop: w and γ there, and the moments of all."""
-    dropped = [masks[n] for n in state['names']]
-    for key in state['keys']:
-        forget(state['optimizer'], dict(zip(state[key], dropped)))
-        if key != 'u':
-            torch._foreach_mul_(state[key], dropped)
-
-
-@torch.no_grad()
-def forget(optimizer, masks):
-    """Zero the moments of masked entries, so that no momentum moves them; masks {parameter: bool tensor}."""
-    for p, mask in masks.items():
-        for key in ('exp_avg', 'exp_avg_sq', 'momentum_buffer'):
-            if key in optimizer.state.get(p, {}):
-                optimizer.state[p][key].mul_(mask)
-
-
-@torch.no_grad()
-def pull_towards_zero(theta, pulls, rate, name):
-    """Decoupled penalty: θ -= rate·pull; rl1 and drr stop at zero instead of crossing it (a proximal step)."""
-    moved = torch._foreach_sub(theta, torch._foreach_mul(pulls, rate))
-    if name != 'pmmp':
-        for new, old in zip(moved, theta):
-            new.masked_fill_(new * old < 0, 0.0)
-    torch._foreach_copy_([t.detach() for t in theta], moved)
-
-
 # --- structure that no longer does anything ---
 
-def _sweep(incoming, bias, outgoing, next_bias, constant, may_fold):
+def _sweep(incoming, bias, outgoing, next_bias, constant, next_mask):
     """Zero units that cannot matter; returns the number of weights zeroed.
 
     incoming (units, in), bias (units,) or None, outgoing (out, units). A unit with no way out loses its incoming
@@ -267,25 +171,40 @@ def _sweep(incoming, bias, outgoing, next_bias, constant, may_fold):
     weights go.
     """
     zeroed = 0
+
+    # Units that nothing reads: what goes into them is of no use.
     no_out = (outgoing == 0).all(0)
     for tensor in (incoming, bias):
         if tensor is not None:
             zeroed += int(torch.count_nonzero(tensor[no_out]))
             tensor[no_out] = 0
+
+    # Units that read nothing: constants. Those that are zero are silent, the others become so by folding.
     no_in = (incoming == 0).all(1) & ~no_out
+    silent = no_in
     if bias is not None:
         silent = no_in & (bias == 0)
         loud = no_in & (bias != 0)
         if loud.any() and next_bias is not None:
             extra = outgoing[:, loud].double() @ constant(bias[loud].double())
-            if may_fold(extra):
+            if next_mask is None or bool((extra[~next_mask] == 0).all()):     # a masked bias takes nothing
                 next_bias += extra.to(next_bias.dtype)
                 silent = no_in
-    else:
-        silent = no_in
     zeroed += int(torch.count_nonzero(outgoing[:, silent]))
     outgoing[:, silent] = 0
     return zeroed
+
+
+def _units_of(block, name, activation, width):
+    """Yield the groups of units of a block: (incoming, bias, outgoing, next bias, constant of a bias, its name)."""
+    attention = getattr(block, 'attention', None)
+    if attention:
+        # A value column of attention passes through it unchanged, as the attention weights sum to one.
+        value_bias = None if attention.qkv.bias is None else attention.qkv.bias[2 * width:]
+        yield (attention.qkv.weight[2 * width:], value_bias, attention.proj.weight, attention.proj.bias,
+               lambda bias: bias, f'{name}.attention.proj.bias')
+    ff = block.feed_forward
+    yield (ff.up.weight, ff.up.bias, ff.down.weight, ff.down.bias, activation, f'{name}.feed_forward.down.bias')
 
 
 @torch.no_grad()
@@ -295,22 +214,14 @@ def sweep_dead_units(model, masks):
     The transformer's form of random gradient pruning: a weight whose gradient is zero for every input. Repeats until
     nothing changes; masks are updated in place where they exist. Returns the number of weights zeroed.
     """
-    total, last = 0, -1
-    act = ACTIVATIONS[model.config.activation]
-    c = model.config.n_embd
+    total = 0
+    last = -1
+    activation = ACTIVATIONS[model.config.activation]
     while total != last:
         last = total
         for i, block in enumerate(model.blocks):
-            att, ff = getattr(block, 'attention', None), block.feed_forward
-            units = [(ff.up.weight, ff.up.bias, ff.down.weight, ff.down.bias, act,
-                      f'blocks.{i}.feed_forward.down.bias')]
-            if att:
-                units = [(att.qkv.weight[2 * c:], None if att.qkv.bias is None else att.qkv.bias[2 * c:],
-                          att.proj.weight, att.proj.bias, lambda b: b, f'blocks.{i}.attention.proj.bias'), *units]
-            for incoming, bias, outgoing, next_bias, constant, name in units:
-                held = masks.get(name)
-                total += _sweep(incoming, bias, outgoing, next_bias, constant,
-                                lambda extra, held=held: held is None or bool((extra[~held] == 0).all()))
+            for *unit, bias_name in _units_of(block, f'blocks.{i}', activation, model.config.n_embd):
+                total += _sweep(*unit, masks.get(bias_name))
     params = dict(model.named_parameters())
     for name in masks:
         masks[name] &= (params[name] != 0).to(masks[name].device)
@@ -345,11 +256,15 @@ def model_sizes(tensors, bits=8):
     tensors: its parameters, read once. bits_est: every tensor quantised to `bits`, one 16-bit scale per row, coded at
     its order-0 entropy, zero a symbol.
     """
-    n = nonzero = estimate = 0
+    n_params = 0
+    nonzeros = 0
+    estimate = 0.0
     for p in tensors:
-        rows = p.detach().float().cpu().reshape(p.size(0) if p.dim() >= 2 else 1, -1)
+        n_rows = p.size(0) if p.dim() >= 2 else 1
+        rows = p.detach().float().cpu().reshape(n_rows, -1)
         scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
-        estimate += entropy_bits((rows / scale).round().int()) + 16 * rows.size(0)
-        n, nonzero = n + p.numel(), nonzero + int(torch.count_nonzero(p))
-    return dict(raw_bytes=4 * n, nnz4_bytes=4 * nonzero, bits_est_bytes=round(estimate / 8), n_params=n,
-                nonzeros=nonzero)
+        estimate += entropy_bits((rows / scale).round().int()) + 16 * n_rows
+        n_params += p.numel()
+        nonzeros += int(torch.count_nonzero(p))
+    return dict(raw_bytes=4 * n_params, nnz4_bytes=4 * nonzeros, bits_est_bytes=round(estimate / 8), n_params=n_params,
+                nonzeros=nonzeros)

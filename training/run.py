@@ -1,0 +1,236 @@
+"""A run from its folder's first line to its last number: what train.py, distill.py and the probe need around their steps.
+
+    run = Run(out_dir, config, env, signals, counters=dict(tokens=0))
+    run.open(CSV_COLUMNS, overwrite=False, n_steps=n_steps, ...)        everything that can fail has been tried before
+    run.begin('main (pmmp)', phase.n_steps, done)                       a bar and a window of mean numbers
+    while ...:
+        run.begin_step()
+        sums = run.reduce(sums)                                         one reduction: losses, stop?, checkpoint due?
+        run.end_step(n_scored)
+        run.log_step(...)
+        if run.must_pause(n_steps): sys.exit(run.pause(save))
+    run.end()
+    run.finish(totals)
+
+Rank 0 alone writes. A checkpoint holds the counters; wall-clock time is counted over all resumptions.
+"""
+import math
+import os
+import sys
+import time
+
+from configurator import UserError
+from training.checkpoint import newest_checkpoint, save_checkpoint
+from training.folder import RunRecord, open_logs, open_run_folder
+from training.step import MAX_SKIPPED
+
+LN2 = math.log(2)
+PAUSED = 85                     # exit status of a run that saved itself and wants to be continued
+
+
+class Window:
+    """Mean numbers and speed since the last line of log.txt; time spent elsewhere can be taken out."""
+
+    def __init__(self):
+        self.started = time.monotonic()
+        self.tokens = 0
+        self.sums = None
+
+    def add(self, n_tokens, sums):
+        self.tokens += n_tokens
+        self.sums = sums if self.sums is None else [a + b for a, b in zip(self.sums, sums)]
+
+    def leave_out(self, seconds):
+        self.started += seconds
+
+    def means(self):
+        return [s / self.tokens for s in self.sums]
+
+    def speed(self):
+        return self.tokens / max(time.monotonic() - self.started, 1e-9)
+
+
+class Run:
+    """The folder, record, logs, bar, clock and checkpoints of a run on one of its ranks.
+
+    config: its knobs. env: training.process.Env. signals: StopSignals. counters {name: number}: what a checkpoint keeps
+    beside step, tokens and seconds; start: the checkpoint that is continued, or {}.
+    """
+
+    def __init__(self, out_dir, config, env, signals, counters=None, start=None):
+        self.out_dir = out_dir
+        self.config = config
+        self.env = env
+        self.signals = signals
+        self.counters = dict(step=0, tokens=0, train_seconds=0.0, step_seconds=0.0, final_train_loss=math.nan,
+                             **(counters or {}))
+        self.counters.update({name: start[name] for name in self.counters if start and name in start})
+        self.stop = False
+        self.save_due = False
+        self.skipped = 0
+        self.wandb = None
+
+    @property
+    def step(self):
+        return self.counters['step']
+
+    # --- beginning ---
+
+    def open(self, columns, overwrite=False, resume=False, parent='', checkpoint_time=0.0, log_every=1,
+             wandb_project='', **facts):
+        """Take the folder and open run.json, log.txt and train_loss.csv; facts go to run.json.
+
+        parent: the checkpoint a new run starts from. wandb_project: '' = no wandb.
+        """
+        self.checkpoint_time = checkpoint_time
+        self.log_every = log_every
+        if self.env.main:
+            open_run_folder(self.out_dir, overwrite, resume, parent)
+        self.env.barrier()
+        self.record = RunRecord(self.out_dir, self.config, self.env, **facts)
+        if self.env.main:
+            self.log, self.loss_file, self.loss_csv = open_logs(self.out_dir, columns, self.step)
+        if wandb_project and self.env.main:
+            import wandb
+            wandb.init(project=wandb_project, name=os.path.basename(self.out_dir), config=self.config, dir=self.out_dir)
+            self.wandb = wandb
+        self.last_saved = time.monotonic()
+        self.lap_started = time.monotonic()
+
+    def note(self, line, **numbers):
+        """Write one line to log.txt and the screen, and numbers to wandb."""
+        if not self.env.main:
+            return
+        from tqdm import tqdm
+        self.log.write(f'{time.strftime("%H:%M:%S")} {line}\n')
+        tqdm.write(line, file=sys.stdout)
+        if self.wandb and numbers:
+            self.wandb.log(numbers, step=self.step)
+
+    # --- the steps of a phase ---
+
+    def begin(self, label, n_steps, done=0):
+        """Show a bar for a phase of n_steps, of which some are done."""
+        from tqdm import tqdm
+        self.bar = tqdm(total=n_steps, initial=done, desc=label, unit='step', disable=not self.env.main,
+                        mininterval=1.0, dynamic_ncols=True)
+        self.window = Window()
+
+    def end(self):
+        self.bar.close()
+
+    def begin_step(self):
+        self.step_started = time.monotonic()
+
+    def reduce(self, sums):
+        """Sum numbers (K,) over ranks and return them as a list; learn in passing whether to stop or to save.
+
+        One rank that was asked to stop stops all; rank 0's clock says when a checkpoint is due.
+        """
+        asked = float(bool(self.signals.asked(self.step)))
+        late = self.checkpoint_time and time.monotonic() - self.last_saved > self.checkpoint_time
+        due = float(self.env.main and bool(late))
+        *sums, stop, save_due = self.env.sum(self.env.torch.cat((sums, sums.new_tensor([asked, due])))).tolist()
+        self.stop = stop > 0
+        self.save_due = save_due > 0
+        return sums
+
+    def check_finite(self, loss, norm, where, cure, may_skip=False):
+        """Say whether the step may be taken. A loss that is not finite ends the run before the update.
+
+        may_skip: with fp16 a gradient that is not finite skips the step and lowers the scale, 20 times in a row at most.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        if may_skip and math.isfinite(loss) and self.skipped < MAX_SKIPPED:
+            return False
+        self.record.update(status='failed', failure=f'non-finite loss {loss} or gradient norm {norm}')
+        raise UserError(f'loss {loss}, gradient norm {norm} at step {self.step}{where}: stopped before the update;'
+                        f' try {cure}')
+
+    def end_step(self, n_tokens, sums, loss):
+        """Count a step of n_tokens scored tokens whose losses, in nats, sum up to sums; loss: its mean."""
+        self.counters['step'] += 1
+        self.counters['tokens'] += n_tokens
+        self.counters['final_train_loss'] = loss
+        self.counters['step_seconds'] += time.monotonic() - self.step_started
+        self.window.add(n_tokens, sums)
+        self.bar.update()
+
+    def log_row(self, values):
+        """Write a row of train_loss.csv every log_every steps; values end with what step_seconds precedes."""
+        if self.env.main and self.step % self.log_every == 0:
+            self.loss_csv.writerow((*values, f"{self.counters['step_seconds']:.3f}"))
+
+    def log_means(self, line, phase, bytes_per_token, **numbers):
+        """Write what the steps since the last such line were like; line(means, bits per byte, speed) words it."""
+        means = self.window.means()
+        speed = self.window.speed()
+        bits_per_byte = means[0] / LN2 / bytes_per_token
+        self.bar.set_postfix_str(f'{bits_per_byte:.3f} bits/byte, {speed:,.0f} tokens/s')
+        self.note(line(means, bits_per_byte, speed), train_loss=means[0], train_bits_per_byte=bits_per_byte, **numbers)
+        self.record.update(step=self.step, train_loss=means[0], phase=phase, train_tokens_per_second=round(speed))
+        self.window = Window()
+
+    # --- saving, pausing, finishing ---
+
+    def lap(self):
+        """Count the time since the last call as training."""
+        now = time.monotonic()
+        self.counters['train_seconds'] += now - self.lap_started
+        self.lap_started = now
+
+    def save(self, checkpoint, name='', keep_last=1):
+        """Write a checkpoint with the counters; name: '' = ckpt.pt. A .sharded one is written by all ranks together."""
+        name = name or 'ckpt.pt'
+        if self.env.main:
+            self.loss_file.flush()
+        if self.env.main or name.endswith('.sharded'):
+            save_checkpoint(os.path.join(self.out_dir, name), dict(checkpoint, **self.counters), keep_last)
+        self.env.barrier()
+        self.last_saved = time.monotonic()
+
+    def pause(self):
+        """Say that the run was saved and waits; returns the exit status."""
+        self.bar.close()
+        reason = self.signals.received or 'another rank'
+        self.note(f'paused step={self.step} reason={reason}; continue with --init_from=resume')
+        self.record.update(status='paused', step=self.step)
+        self.close()
+        return PAUSED
+
+    def finish(self, totals):
+        """Write the final numbers to the log and to run.json."""
+        words = [f'{name}={value:.5g}' if isinstance(value, float) else f'{name}={value}'
+                 for name, value in totals.items()]
+        self.note('done ' + ' '.join(words), **{name: value for name, value in totals.items() if value})
+        self.signals.close()
+        self.record.update(status='done', **totals)
+        self.close()
+
+    def close(self):
+        """Wait for the other ranks, for the first to go may end them."""
+        if self.wandb:
+            self.wandb.finish()
+        self.env.barrier()
+        self.env.close()
+
+
+def starting_checkpoint(init_from, out_dir, env):
+    """Return (checkpoint, its path, is it this run's own): what 'scratch', 'resume' or a checkpoint's name stand for.
+
+    A run that is to be resumed but has no checkpoint yet starts from scratch: so one command serves every restart.
+    """
+    from training.checkpoint import load_checkpoint
+    if init_from == 'scratch':
+        return {}, '', False
+    if init_from != 'resume':
+        return load_checkpoint(init_from), init_from, False
+    path = newest_checkpoint(out_dir)
+    if os.path.exists(path):
+        return load_checkpoint(path), path, True
+    if env.main:
+        print(f'init_from = resume, but {path} does not exist yet: starting from scratch')
+    return {}, '', False
