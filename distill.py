@@ -147,7 +147,8 @@ def main(argv=None):
     import runs
     import score
     import sparse
-    from corpus.bins import batch_starts, key_of, n_blocks, open_bin, read_meta, split_names
+    from corpus.bins import batch_starts, key_of, n_blocks, read_meta, split_names
+    from corpus.data import open_split
     from model import GPT, ModelConfig, config_from_knobs, flops_per_token, model_args, optimizer_groups
     from training import curves, parallel
     if check:
@@ -161,14 +162,14 @@ def main(argv=None):
     # data, teacher, student and what it starts from
     signals = runs.StopSignals(max_runtime)
     env = runs.Env(device, dtype)
-    train_data = open_bin(data_dir, dataset, 'train', verify)
+    train_data = open_split(data_dir, dataset, 'train', verify)
     require((train_only_on_leading_tokens <= train_data.n_tokens,
              f'train_only_on_leading_tokens = {train_only_on_leading_tokens:,}, but {dataset!r} has'
              f' {train_data.n_tokens:,}; use 0 for all, or prepare more data'),
             (train_data.n_tokens > 0, f'the training split of {dataset!r} is empty'))
     train_data = train_data.head(train_only_on_leading_tokens)
     splits = split_names(data_dir, dataset)
-    val_data = open_bin(data_dir, dataset, 'val', verify) if 'val' in splits else None
+    val_data = open_split(data_dir, dataset, 'val', verify) if 'val' in splits else None
     model_config = config_from_knobs(config, train_data.vocab_size)
     T = model_config.block_size
     require((train_data.row_length in (0, T), f'block_size = {T}, {dataset!r} has rows of {train_data.row_length}'
@@ -227,7 +228,7 @@ def main(argv=None):
     env.barrier()
     rows_per_rank = batch_size // env.world
     micro = micro_batch_size or rows_per_rank
-    bytes_per_token = train_data.text_bytes / (train_data.n_targets if train_data.row_length else train_data.n_tokens)
+    bytes_per_token = train_data.bytes_per_target
     eval_rows = score.rows_per_forward(T)
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in student.parameters()),
                             n_steps=n_steps, data=data_facts, teacher_checkpoint=teacher_facts,
@@ -367,7 +368,7 @@ def main(argv=None):
                   sparsity=1 - sizes['nonzeros'] / sizes['n_params'], bits_est_bytes=sizes['bits_est_bytes'],
                   training_runtime=round(counters['train_seconds'], 1), tokens_seen=counters['tokens'])
     if 'test' in splits:
-        found = score.evaluate(student, open_bin(data_dir, dataset, 'test', verify), T, eval_rows, env,
+        found = score.evaluate(student, open_split(data_dir, dataset, 'test', verify), T, eval_rows, env,
                                progress='test split')
         totals.update(mean_test_loss=found['loss_nats'], test_bits_per_byte=found['bits_per_byte'],
                       test_accuracy=found['accuracy'])

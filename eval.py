@@ -322,12 +322,11 @@ def main(argv=None):
             *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py online FILE {p}')
               for p in online))
     import runs
-    from corpus.bins import open_bin
-    from pairs import open_pairs
+    from corpus.data import open_pairs, open_split
     env = runs.Env(device, dtype)
 
     # every input is opened and checked before the first is scored
-    bins = {(name, part): open_bin(data_dir, name, part, verify).head(max_tokens)
+    bins = {(name, part): open_split(data_dir, name, part, verify).head(max_tokens)
             for name in sets for part in splits}
     pair_sets = {name: open_pairs(data_dir, name, verify) for name in listed(pairs)}
     arms_of_all = [rows for types in pair_sets.values() for arms in types.values() for rows in arms.values()]
@@ -338,7 +337,7 @@ def main(argv=None):
         require((own or sets or pair_sets, f'{path} names no data set; give one, --dataset=NAME'))
         for name, part in () if sets or pair_sets else itertools.product(own, splits):
             if (name, part) not in bins:
-                bins[name, part] = open_bin(data_dir, name, part, verify).head(max_tokens)
+                bins[name, part] = open_split(data_dir, name, part, verify).head(max_tokens)
         for (name, _), data in bins.items():
             if sets or name in own:
                 check_fit(path, checkpoint, data)

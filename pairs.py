@@ -8,20 +8,6 @@ import numpy as np
 import torch
 
 import score
-from configurator import require
-from corpus.bins import open_bin, read_meta
-
-
-def open_pairs(data_dir, dataset, verify=False):
-    """Return {type: {'with', 'without'[, 'other']: Rows}} of a data set, checked to score equal numbers of targets."""
-    found = read_meta(data_dir, dataset).get('pairs')
-    require((found, f'data set {dataset!r} has no paired rows, expected one made by prepare_metadata.py with'
-             ' --pair_documents above 0'))
-    sets = {t: {arm: open_bin(data_dir, dataset, split, verify) for arm, split in arms.items()}
-            for t, arms in found.items()}
-    require(*((len({rows.n_targets for rows in arms.values()}) == 1, f'the arms of {t!r} in {dataset!r} score different'
-               ' numbers of targets; prepare the data set again') for t, arms in sets.items()))
-    return sets
 
 
 class RowSums(score.Units):

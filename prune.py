@@ -99,7 +99,7 @@ def main(argv=None):
     import runs
     import score
     import sparse
-    from corpus.bins import open_bin
+    from corpus.data import open_split
     from corpus.objectives import with_objective
     from model import build, model_args
     env = runs.Env(device, dtype)
@@ -109,7 +109,7 @@ def main(argv=None):
     name, whole_layers = dataset or checkpoint['data']['dataset'], bool(strategy or layers)
     by_loss = strategy == 'sensitivity' or method == 'tamade' and not whole_layers
     require((name or not (by_loss or drop_unused_rows), f'{from_ckpt} names no data set; give one, --dataset=NAME'))
-    data, T = open_bin(data_dir, name, 'val') if by_loss else None, model.config.block_size
+    data, T = open_split(data_dir, name, 'val') if by_loss else None, model.config.block_size
     if by_loss:
         data = with_objective(data, checkpoint['config'].get('objective', 'clm'), model.config.wrapper)
     kept = layers_to_keep(len(model.blocks)) if whole_layers and not by_loss else []
@@ -151,7 +151,7 @@ def main(argv=None):
         print(f'dead units: {sparse.sweep_dead_units(model, masks):,} weights zeroed')
     if drop_unused_rows:
         used = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-        tokens = open_bin(data_dir, name, 'train')
+        tokens = open_split(data_dir, name, 'train')
         for start in range(0, tokens.n_tokens, 1 << 24):                # 16 M ids at a time: constant memory
             used[torch.from_numpy(tokens.tokens[start:start + (1 << 24)].astype('int64')).unique()] = True
         used[tokens.start_id] = True

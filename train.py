@@ -172,8 +172,8 @@ def main(argv=None):
     import sparse
     from codec import grid as qat
     from corpus.bins import batch_starts, key_of, n_blocks, read_meta
-    from corpus.mixture import common_splits, data_rules, open_data
-    from corpus.objectives import objective_rule, with_objective
+    from corpus.data import common_splits, open_data, open_pairs, rules
+    from corpus.objectives import objective_rule
     from model import config_from_knobs, flops_per_token, make, model_args
     from training import curves, parallel
     from training.checkpoint import load_encoder
@@ -181,14 +181,13 @@ def main(argv=None):
     T, data_name = config_from_knobs(config, 256).block_size, data_mix or dataset
 
     def open_split(split):
-        data = open_data(data_dir, dataset, data_mix, split, T, stop_when, verify)
-        return with_objective(data.scoring(loss_on) if data.row_length else data, objective, wrapper)
+        return open_data(data_dir, dataset, split, T, data_mix, stop_when, verify, loss_on, objective, wrapper)
 
     def plan_of(data):
         """Phases of a run on some training data; a mixture may end them where its first source is exhausted."""
         if not data_mix:
             return plan.plan_phases(n_blocks(n_blocks(data.n_tokens, T), batch_size), k)
-        n_batches = data.n_batches(batch_size, seed)
+        n_batches = data.n_batches(batch_size, T, seed)
         phases = plan.plan_phases(n_batches, k)
         return phases if stop_when == 'never' else plan.cut_phases(phases, n_batches * steps_per_chunk)
     if check:
@@ -204,10 +203,10 @@ def main(argv=None):
     env = runs.Env(device, dtype)
     train_data = open_split('train')
     splits = common_splits(data_dir, dataset, data_mix)
-    require(*data_rules(k, train_data, data_name, splits, T))
+    require(*rules(k, train_data, data_name, splits, T))
     train_data = train_data.head(train_only_on_leading_tokens)
     row_length = train_data.row_length
-    pair_sets = pairs.open_pairs(data_dir, dataset) if row_length and 'pairs' in read_meta(data_dir, dataset) else {}
+    pair_sets = open_pairs(data_dir, dataset) if row_length and 'pairs' in read_meta(data_dir, dataset) else {}
     val_data, test_data = (open_split(s) if s in splits else None for s in ('val', 'test'))
     require((not do_pruning or val_data.n_tokens > 0, f'the val split of {data_name!r} is empty, and TAMADE needs it'))
     model_config = config_from_knobs(config, train_data.vocab_size)
@@ -266,14 +265,14 @@ def main(argv=None):
     env.barrier()
     micro = micro_batch_size or batch_size // env.world
     rows_per_rank = batch_size // env.world
-    bytes_per_token = train_data.text_bytes / (train_data.n_targets if row_length else train_data.n_tokens)
+    bytes_per_token = train_data.bytes_per_target
     eval_rows = score.rows_per_forward(T)
     record = runs.RunRecord(out_dir, config, env, seq_length=T, n_params=sum(p.numel() for p in raw_model.parameters()),
                             n_steps=n_steps, data=data_facts, flops_per_token=flops_per_token(model_config),
                             parent=runs.parent_of(parent) if parent and env.main else {})
     if stop_when == 'first_exhausted' and data_mix and env.main:
         print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
-              f' {train_data.n_batches(batch_size, seed) * steps_per_chunk:,}')
+              f' {train_data.n_batches(batch_size, T, seed) * steps_per_chunk:,}')
     last_saved, skipped = time.time(), 0
     state, paired, grid, peaks = {}, {}, qat.Grid({}, {}), (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
@@ -409,9 +408,8 @@ def main(argv=None):
             epochs_done, inside = divmod(done, phase['epoch_steps'])
             epoch, batch = phase['first_epoch'] + epochs_done, inside // steps_per_chunk
             first_pass = online and epoch == 0
-            starts = train_data.starts(order, seed, counters['step'] // steps_per_chunk, batch_size) if data_mix else \
-                batch_starts('sequential' if first_pass else order, seed, epoch, batch, batch_size,
-                             train_data.n_tokens, T)
+            starts = train_data.starts('sequential' if first_pass else order, seed, epoch, batch,
+                                       counters['step'] // steps_per_chunk, batch_size, T)
             n_scored = train_data.n_scored(starts, T)
             mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
             sums = torch.zeros(3, device=env.device)                # nats, stop?, checkpoint due?: one reduction a step

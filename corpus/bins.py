@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -156,32 +157,90 @@ def read_meta(data_dir, dataset):
     return meta
 
 
-class Bin:
+class Data:
+    """What trainers and scorers ask of data: Bin (below), rows.Rows, mixture.Mixture and objectives.Objective.
+
+    n_tokens; n_targets, those that are scored; text_bytes that the targets stand for; vocab_size, start_id, tokenizer;
+    name, split, sha256: which data. row_length: of fixed rows, 0 where rows may begin anywhere. padded: rows may begin
+    with inputs of -1, hidden from attention. n_balanced: the most tokens that head can be asked for.
+    """
+
+    row_length = 0
+    padded = False
+
+    @property
+    def bytes_per_target(self):
+        """Return the bytes of text that a scored target stands for, on average."""
+        return self.text_bytes / max(self.n_targets, 1)
+
+    def head(self, n_tokens):
+        """Return the leading n_tokens, of the same kind; 0 is all."""
+        raise NotImplementedError
+
+    def gather(self, starts, length):
+        """Return inputs and targets of rows, two (B, length) int64 arrays; a target of -1 is not scored."""
+        raise NotImplementedError
+
+    def n_scored(self, starts, length):
+        """Count the targets that gather would score."""
+        raise NotImplementedError
+
+    def n_batches(self, batch_size, block_size, seed):
+        """Return the number of batches in an epoch."""
+        return n_blocks(n_blocks(self.n_tokens, block_size), batch_size)
+
+    def starts(self, order, seed, epoch, batch, number, batch_size, block_size):
+        """Return the (batch_size,) start positions of a batch of an epoch; number, of the run's batch, is not used."""
+        return batch_starts(order, seed, epoch, batch, batch_size, self.n_tokens, block_size)
+
+    def rows_by_source(self, n_rows, seed):
+        """Count the first n_rows rows of a run by source, {name: rows}; of a mixture alone, else {}."""
+        return {}
+
+
+@dataclass(eq=False)
+class Bin(Data):
     """One split of a data set as a memory map: tokens (n_tokens,), read-only, with what meta.json says of it."""
 
-    row_length, padded = 0, False               # of rows.Rows alone
+    tokens: np.ndarray
+    vocab_size: int = 256
+    start_id: int = NEWLINE
+    text_bytes: int = None              # None: a byte for each token
+    sha256: str = ''
+    name: str = ''
+    split: str = ''
+    tokenizer: str = 'byte'
+    words: int = 0                      # 0: not known
+    byte_lengths: np.ndarray = None     # (V,), the bytes that an id stands for; None: not known
+    index: str = ''                     # a file that says where documents start; '': not known
 
-    def __init__(self, tokens, vocab_size=256, start_id=NEWLINE, text_bytes=None, sha256='', name='', split='',
-                 tokenizer='byte', words=0, byte_lengths=None):
-        self.tokens, self.n_tokens, self.vocab_size, self.start_id = tokens, len(tokens), vocab_size, start_id
-        self.text_bytes = len(tokens) if text_bytes is None else text_bytes
-        self.sha256, self.name, self.split, self.tokenizer = sha256, name, split, tokenizer
-        self.words, self.byte_lengths, self.index = words, byte_lengths, ''     # 0, None, '': not known
+    def __post_init__(self):
+        if self.text_bytes is None:
+            self.text_bytes = len(self.tokens)
+
+    @property
+    def n_tokens(self):
+        return len(self.tokens)
+
+    @property
+    def n_balanced(self):
+        return len(self.tokens)
+
+    @property
+    def n_targets(self):
+        return len(self.tokens)
 
     def head(self, n_tokens):
         """Return the leading n_tokens (0: all) as a Bin: text bytes counted by id, words a share of the whole."""
         if n_tokens <= 0 or n_tokens >= self.n_tokens:
             return self
+        leading = self.tokens[:n_tokens]
         if self.byte_lengths is None:
             text_bytes = round(self.text_bytes * n_tokens / self.n_tokens)
         else:
-            text_bytes = sum(int(self.byte_lengths[self.tokens[i:min(i + (1 << 20), n_tokens)]].sum(dtype=np.int64))
-                             for i in range(0, n_tokens, 1 << 20))
-        part = Bin(self.tokens[:n_tokens], self.vocab_size, self.start_id, text_bytes, f'{self.sha256}:{n_tokens}',
-                   self.name, self.split, self.tokenizer, round(self.words * n_tokens / self.n_tokens),
-                   self.byte_lengths)
-        part.index = self.index
-        return part
+            text_bytes = sum(bytes_of(piece, self.byte_lengths) for piece in pieces_of(leading))
+        return replace(self, tokens=leading, text_bytes=text_bytes, sha256=f'{self.sha256}:{n_tokens}',
+                       words=round(self.words * n_tokens / self.n_tokens))
 
     def count_words(self):
         """Count the words of the text: of bytes here and now, of ids as it was counted when they were made, or 0."""
@@ -193,63 +252,128 @@ class Bin:
         The input of a target is the token before it, the start id for the first of all. A negative start is a padding
         row; targets past the end are -1 and count nowhere.
         """
+        # A row of length + 1: the token before the first target, then the targets.
         rows = np.full((len(starts), length + 1), -1, np.int64)
         for row, start in zip(rows, starts):
-            if start >= 0:
-                chunk = self.tokens[max(start - 1, 0):start + length]
-                row[int(start == 0):int(start == 0) + len(chunk)] = chunk
-                if start == 0:
-                    row[0] = self.start_id
-        x, y = rows[:, :-1].copy(), rows[:, 1:]
+            if start < 0:
+                continue
+            if start == 0:
+                first = self.tokens[:length]
+                row[0] = self.start_id
+                row[1:1 + len(first)] = first
+            else:
+                chunk = self.tokens[start - 1:start + length]
+                row[:len(chunk)] = chunk
+
+        # What is no token has the start id as its input, and no target.
+        x = rows[:, :-1].copy()
         x[x < 0] = self.start_id
-        return x, y
+        return x, rows[:, 1:]
 
     def n_scored(self, starts, length):
         """Count the targets that gather would score."""
         starts = np.asarray(starts)
-        return int(np.clip(self.n_tokens - starts[starts >= 0], 0, length).sum())
+        left = self.n_tokens - starts[starts >= 0]
+        return int(np.clip(left, 0, length).sum())
+
+
+def pieces_of(array, size=1 << 20):
+    """Yield an array in pieces, so that a memory map is never in memory as a whole."""
+    for i in range(0, len(array), size):
+        yield array[i:i + size]
+
+
+def bytes_of(ids, byte_lengths=None):
+    """Return how many bytes of text ids stand for; byte_lengths (V,) as in Bin."""
+    if byte_lengths is None:
+        return len(ids)
+    return int(byte_lengths[ids].sum(dtype=np.int64))
 
 
 def words_in(text):
     """Count runs of anything but ASCII white space in an array of bytes, in constant memory."""
-    n, before, white = 0, True, np.isin(np.arange(256), list(b' \t\n\r\v\f'))
-    for i in range(0, len(text), 1 << 20):
-        gap = white[text[i:i + (1 << 20)]]
-        n += int((~gap[1:] & gap[:-1]).sum()) + int(before and not gap[0])
-        before = gap[-1]
-    return n
+    n_words = 0
+    white = np.isin(np.arange(256), list(b' \t\n\r\v\f'))
+    after_gap = True
+    for piece in pieces_of(text):
+        # A word begins where a gap ends; the first of a piece also looks at the piece before.
+        gap = white[piece]
+        n_words += int((~gap[1:] & gap[:-1]).sum())
+        if after_gap and not gap[0]:
+            n_words += 1
+        after_gap = gap[-1]
+    return n_words
+
+
+def plain_name(name, folder):
+    """Return the name of a file that the meta.json of a folder gives; refuse one that points out of the folder."""
+    if name != os.path.basename(name) or name in ('', '.', '..') or '\\' in name:
+        raise UserError(f'{os.path.join(folder, "meta.json")} names the file {name!r}, expected a plain name without a'
+                        ' folder; delete the data set and prepare it again')
+    return name
+
+
+def how_to_make(meta):
+    """Return the command that makes a data set again, as the end of a message."""
+    made_by = meta['made_by']
+    return f'regenerate it: python {made_by["script"]} {shlex.join(made_by["argv"])}'.rstrip()
 
 
 def open_bin(data_dir, dataset, split, verify=False):
-    """Map one split and check it against meta.json: size always, ids at both ends, the hash where verify is set."""
-    meta, folder = read_meta(data_dir, dataset), dataset_folder(data_dir, dataset)
-    again = f'regenerate it: python {meta["made_by"]["script"]} {shlex.join(meta["made_by"]["argv"])}'.rstrip()
+    """Map one split as plain tokens, whatever their mask: see data.open_split, which is what scripts use.
+
+    Checked against meta.json: size always, ids at both ends, the hash where verify is set.
+    """
+    meta = read_meta(data_dir, dataset)
+    folder = dataset_folder(data_dir, dataset)
+    again = how_to_make(meta)
     if split not in meta['splits']:
         raise UserError(f'data set {dataset!r} has no split {split!r}, it has {", ".join(meta["splits"])}; {again}')
     entry = meta['splits'][split]
-    path = os.path.join(folder, entry['file'])
+    path = os.path.join(folder, plain_name(entry['file'], folder))
+
+    # The file has the size that its entry says.
     if meta['dtype'] not in DTYPES:
         raise UserError(f'{dataset}: dtype {meta["dtype"]!r} in meta.json, expected one of {", ".join(DTYPES)};'
                         f' {again}')
     if not os.path.exists(path):
         raise UserError(f'{path} is missing; {again}')
-    size, expected = os.path.getsize(path), entry['tokens'] * DTYPES[meta['dtype']]
+    size = os.path.getsize(path)
+    expected = entry['tokens'] * DTYPES[meta['dtype']]
     if size != expected:
         raise UserError(f'{path} has {size} bytes, meta.json says {entry["tokens"]} tokens of {meta["dtype"]}'
                         f' = {expected} bytes; {again}')
-    tokens = np.memmap(path, np.dtype(meta['dtype']).newbyteorder('<'), 'r') if size else np.zeros(0, meta['dtype'])
+
+    # Its ids are below the vocabulary's size; looking at both ends finds a wrong dtype or tokenizer.
+    tokens = map_file(path, np.dtype(meta['dtype']).newbyteorder('<'))
     worst = max((int(end.max()) for end in (tokens[:4096], tokens[-4096:]) if len(end)), default=0)
     if worst >= meta['vocab_size']:
         raise UserError(f'{path} holds token id {worst}, the vocabulary has {meta["vocab_size"]}; {again}')
     if verify and sha256_file(path) != entry['sha256']:
         raise UserError(f'{path} does not have the SHA-256 of meta.json ({entry["sha256"]}); {again}')
-    table = os.path.join(folder, meta['tokenizer'].get('token_bytes') or 'none')
-    lengths = np.fromfile(table, '<u2') if os.path.exists(table) else None
-    found = Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
-                meta['tokenizer']['name'], entry.get('words', 0), lengths)
-    found.index = os.path.join(folder, entry['index']) if 'index' in entry else ''
-    from corpus import rows
-    return rows.Rows.of(found, meta['rows'], entry, folder, again, verify) if 'mask' in entry else found
+
+    index = ''
+    if 'index' in entry:
+        index = os.path.join(folder, plain_name(entry['index'], folder))
+    return Bin(tokens, vocab_size=meta['vocab_size'], start_id=meta['start_id'], text_bytes=entry['text_bytes'],
+               sha256=entry['sha256'], name=dataset, split=split, tokenizer=meta['tokenizer']['name'],
+               words=entry.get('words', 0), byte_lengths=read_byte_lengths(meta, folder), index=index)
+
+
+def map_file(path, dtype):
+    """Map a file read-only as an array; an empty file, which cannot be mapped, is an empty array."""
+    if os.path.getsize(path) == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, 'r')
+
+
+def read_byte_lengths(meta, folder):
+    """Return the bytes that each id stands for, (V,) uint16, or None where the data set has no such table."""
+    name = meta['tokenizer'].get('token_bytes')
+    if not name:
+        return None
+    path = os.path.join(folder, plain_name(name, folder))
+    return np.fromfile(path, '<u2') if os.path.exists(path) else None
 
 
 def split_names(data_dir, dataset):

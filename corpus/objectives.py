@@ -2,9 +2,12 @@
 import numpy as np
 
 from configurator import one_of
+from corpus.bins import Data
 
 OBJECTIVES = {'': ('clm', 'copy', 'blank_copy', 'combined'), 'autoencoder': ('autoencode',), 'oracle': ('memory',),
               'memory': ('memory', 'copy', 'blank_copy', 'combined')}
+FACTS = ('n_tokens', 'n_targets', 'n_balanced', 'text_bytes', 'vocab_size', 'start_id', 'tokenizer', 'name', 'split',
+         'sha256', 'row_length', 'padded')
 
 
 def objective_rule(objective, config):
@@ -12,7 +15,7 @@ def objective_rule(objective, config):
     return one_of(f'objective of wrapper = {config.wrapper!r}', objective, OBJECTIVES[config.wrapper])
 
 
-class Objective:
+class Objective(Data):
     """A data set whose rows are those of an objective; everything but them is the data set's own.
 
     copy: the second half of a row repeats the first and is what is scored; blank_copy: and its inputs are blank, the
@@ -20,33 +23,75 @@ class Objective:
     """
 
     def __init__(self, data, objective, wrapper):
-        self.data, self.objective, self.wrapper = data, objective, wrapper
+        self.data = data
+        self.objective = objective
+        self.wrapper = wrapper
+        for fact in FACTS:
+            setattr(self, fact, getattr(data, fact))
 
-    def __getattr__(self, name):
-        return getattr(self.data, name)
+    # What only a single split has, and eval.py asks for.
+
+    @property
+    def tokens(self):
+        return self.data.tokens
+
+    @property
+    def index(self):
+        return self.data.index
+
+    def count_words(self):
+        return self.data.count_words()
+
+    # The rows.
 
     def head(self, n_tokens):
         return Objective(self.data.head(n_tokens), self.objective, self.wrapper)
 
+    def n_batches(self, batch_size, block_size, seed):
+        return self.data.n_batches(batch_size, block_size, seed)
+
+    def starts(self, order, seed, epoch, batch, number, batch_size, block_size):
+        return self.data.starts(order, seed, epoch, batch, number, batch_size, block_size)
+
+    def rows_by_source(self, n_rows, seed):
+        return self.data.rows_by_source(n_rows, seed)
+
     def gather(self, starts, length):
         """Return inputs and targets as the data set's gather does."""
         x, y = self.data.gather(starts, length)
-        tokens = np.concatenate((x[:, 1:], np.maximum(y[:, -1:], 0)), 1)
+
+        # The tokens of a row: its inputs from the second on, and the last target, 0 where that is not scored.
+        last = np.maximum(y[:, -1:], 0)
+        tokens = np.concatenate((x[:, 1:], last), 1)
         if self.objective in ('copy', 'blank_copy', 'combined'):
-            half = length // 2
-            chosen = np.asarray(starts) // length % 2 == 0 if self.objective == 'combined' else np.full(len(x), True)
-            twice = np.concatenate((tokens[:, :half], tokens[:, :half]), 1)[:, :length]
-            tokens = np.where(chosen[:, None], twice, tokens)
-            target = np.concatenate((np.full_like(y[:, :half], -1), y[:, :half]), 1)
-            y = np.where(chosen[:, None], target, y)
+            copied = self.copied_rows(starts, length)[:, None]
+            tokens, y = copy_first_half(tokens, y, copied)
             if self.objective == 'blank_copy':
-                tokens[:, half:] = self.data.start_id
+                tokens[:, length // 2:] = self.start_id
             x = np.concatenate((x[:, :1], tokens[:, :-1]), 1)
+
+        # A model with an encoder shifts the tokens itself.
         return (tokens if self.wrapper else x), y
+
+    def copied_rows(self, starts, length):
+        """Say which rows (B,) are copied: all, but with 'combined' those of even number."""
+        starts = np.asarray(starts)
+        if self.objective == 'combined':
+            return starts // length % 2 == 0
+        return np.full(len(starts), True)
 
     def n_scored(self, starts, length):
         """Count the targets that gather would score."""
-        return int((self.gather(starts, length)[1] >= 0).sum())
+        _, y = self.gather(starts, length)
+        return int((y >= 0).sum())
+
+
+def copy_first_half(tokens, y, copied):
+    """Repeat the first half of rows (B, T) where copied (B, 1), and score the repetition alone; return tokens and y."""
+    half = tokens.shape[1] // 2
+    twice = np.concatenate((tokens[:, :half], tokens[:, :half]), 1)
+    targets = np.concatenate((np.full_like(y[:, :half], -1), y[:, :half]), 1)
+    return np.where(copied, twice, tokens), np.where(copied, targets, y)
 
 
 def with_objective(data, objective, wrapper):

@@ -8,60 +8,56 @@ Text and markup never share a token: rendered strings are tokenised piece by pie
 """
 import functools
 import os
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from configurator import require
-from corpus.bins import Bin, BinWriter, sha256_file
+from configurator import UserError, require
+from corpus.bins import Bin, BinWriter, bytes_of, how_to_make, map_file, pieces_of, plain_name, sha256_file
 from corpus.metadata import CLOSE, prefix_of, segments_of
 
 PAD, TEXT, PREFIX, MARKUP = range(4)
+KIND_NAMES = {'text': TEXT, 'markup': MARKUP}           # as meta.json counts them
 LOSSES = {'text': (TEXT,), 'text+markup': (TEXT, MARKUP)}
 
 
 # --- reading ---
 
+@dataclass(eq=False)
 class Rows(Bin):
     """Fixed-length rows as a Bin: the same surface, but only text (and markup, if asked) is scored."""
 
-    @classmethod
-    def of(cls, data, meta, entry, folder, again, verify=False):
-        """Return the Rows of a checked Bin; meta: what meta.json says of rows, entry: of this split."""
-        mask_path = os.path.join(folder, entry['mask'])
-        size = os.path.getsize(mask_path) if os.path.exists(mask_path) else -1
-        require((size == data.n_tokens, f'{mask_path} has {max(size, 0)} bytes, expected one for each of'
-                 f' {data.n_tokens} tokens; {again}'),
-                (size != data.n_tokens or not verify or sha256_file(mask_path) == entry['mask_sha256'],
-                 f'{mask_path} does not have the SHA-256 of meta.json ({entry["mask_sha256"]}); {again}'))
-        self = cls.__new__(cls)
-        vars(self).update(vars(data), row_length=meta['length'], padded=meta['control'] == 'samecontext', entry=entry,
-                          sha256=f'{data.sha256}:{entry["mask_sha256"]}',
-                          mask=np.memmap(mask_path, np.uint8, 'r') if size else np.zeros(0, np.uint8))
-        return self.scoring('text')
+    mask: np.ndarray = None             # (n_tokens,) of PAD, TEXT, PREFIX, MARKUP
+    row_length: int = 0
+    padded: bool = False                # padding stands to the left of the text, and is hidden from attention
+    kinds: tuple = LOSSES['text']       # the values of the mask that are scored
+    n_targets: int = 0                  # tokens of these kinds; text_bytes are theirs
+    entry: dict = None                  # what meta.json says of the split
 
     def scoring(self, loss_on):
-        """Return these rows with what loss_on names scored, bytes and targets counted accordingly."""
-        part = Rows.__new__(Rows)
-        vars(part).update(vars(self), kinds=LOSSES[loss_on])
-        names = [name for name, kind in dict(text=TEXT, markup=MARKUP).items() if kind in part.kinds]
-        part.n_targets = sum(self.entry['scored'][name] for name in names)
-        part.text_bytes = sum(self.entry['scored_bytes'][name] for name in names)
-        return part
+        """Return these rows, a whole split, with what loss_on names scored, bytes and targets counted accordingly."""
+        kinds = LOSSES[loss_on]
+        names = [name for name, kind in KIND_NAMES.items() if kind in kinds]
+        return replace(self, kinds=kinds, n_targets=sum(self.entry['scored'][name] for name in names),
+                       text_bytes=sum(self.entry['scored_bytes'][name] for name in names))
 
     def head(self, n_tokens):
         """Return the leading rows that hold n_tokens (0: all), padding and prefixes included."""
         if n_tokens <= 0 or n_tokens >= self.n_tokens:
             return self
         n = max(n_tokens // self.row_length, 1) * self.row_length
-        part = Rows.__new__(Rows)
-        vars(part).update(vars(self), tokens=self.tokens[:n], mask=self.mask[:n], n_tokens=n,
-                          sha256=f'{self.sha256}:{n}', n_targets=0, text_bytes=0)
-        for i in range(0, n, 1 << 20):
-            ids = part.tokens[i:i + (1 << 20)][np.isin(part.mask[i:i + (1 << 20)], self.kinds)]
-            part.n_targets += len(ids)
-            part.text_bytes += len(ids) if self.byte_lengths is None else int(self.byte_lengths[ids].sum(
-                dtype=np.int64))
-        return part
+        tokens = self.tokens[:n]
+        mask = self.mask[:n]
+
+        # How much of them is scored stands nowhere: count.
+        n_targets = 0
+        text_bytes = 0
+        for some_ids, some_mask in zip(pieces_of(tokens), pieces_of(mask)):
+            scored = some_ids[np.isin(some_mask, self.kinds)]
+            n_targets += len(scored)
+            text_bytes += bytes_of(scored, self.byte_lengths)
+        return replace(self, tokens=tokens, mask=mask, sha256=f'{self.sha256}:{n}', n_targets=n_targets,
+                       text_bytes=text_bytes)
 
     def count_words(self):
         return 0                                        # not counted: rows hold prefixes and padding too
@@ -69,9 +65,10 @@ class Rows(Bin):
     def rows_at(self, starts, length):
         """Return ids and mask (B, length) of rows; a negative start is a row of padding."""
         starts = np.asarray(starts)
-        require((length == self.row_length and not (starts[starts >= 0] % length).any(),
-                 f'data set {self.name!r} has rows of {self.row_length} tokens, asked for {length} at other places;'
-                 f' set --block_size={self.row_length}, and no order = random, stride or minimal context'))
+        begins_a_row = length == self.row_length and not (starts[starts >= 0] % length).any()
+        require((begins_a_row, f'data set {self.name!r} has rows of {self.row_length} tokens, asked for {length} at'
+                 f' other places; set --block_size={self.row_length}, and no order = random, stride or minimal'
+                 ' context'))
         place = np.maximum(starts, 0)[:, None] + np.arange(length)
         mask = np.where(starts[:, None] >= 0, self.mask[place], PAD)
         return self.tokens[place].astype(np.int64), mask
@@ -79,15 +76,36 @@ class Rows(Bin):
     def gather(self, starts, length):
         """Return inputs and targets, two (B, length) int64 arrays; -1: a target not scored, an input not to be seen."""
         ids, mask = self.rows_at(starts, length)
-        x = np.concatenate((np.full((len(ids), 1), self.start_id), ids[:, :-1]), 1)
+        first = np.full((len(ids), 1), self.start_id)
+        x = np.concatenate((first, ids[:, :-1]), 1)
         if self.padded:
-            left = np.argmax(mask > PAD, 1)             # the start id stands right before the first token
+            # The start id stands right before the first token, and everything before it is hidden.
+            left = np.argmax(mask > PAD, 1)
             x[np.arange(length) < left[:, None]] = -1
-        return x, np.where(np.isin(mask, self.kinds), ids, -1)
+        y = np.where(np.isin(mask, self.kinds), ids, -1)
+        return x, y
 
     def n_scored(self, starts, length):
         """Count the targets that gather would score."""
-        return int(np.isin(self.rows_at(starts, length)[1], self.kinds).sum())
+        _, mask = self.rows_at(starts, length)
+        return int(np.isin(mask, self.kinds).sum())
+
+
+def open_rows(data, meta, folder, verify=False):
+    """Return the Rows of an opened Bin whose meta.json names a mask, scoring text; check the mask as open_bin does."""
+    entry = meta['splits'][data.split]
+    again = how_to_make(meta)
+    path = os.path.join(folder, plain_name(entry['mask'], folder))
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    if size != data.n_tokens or not os.path.exists(path):
+        raise UserError(f'{path} has {size} bytes, expected one for each of {data.n_tokens} tokens; {again}')
+    if verify and sha256_file(path) != entry['mask_sha256']:
+        raise UserError(f'{path} does not have the SHA-256 of meta.json ({entry["mask_sha256"]}); {again}')
+    of_bin = {f.name: getattr(data, f.name) for f in fields(data)}
+    of_bin['sha256'] = f'{data.sha256}:{entry["mask_sha256"]}'
+    rows = Rows(**of_bin, mask=map_file(path, np.uint8), row_length=meta['rows']['length'],
+                padded=meta['rows']['control'] == 'samecontext', entry=entry)
+    return rows.scoring('text')
 
 
 # --- writing ---

@@ -212,7 +212,7 @@ def bench_mixture(env):
     one, two = (Bin(np.random.default_rng(k).integers(256, size=10 ** 7, dtype=np.uint8), name=str(k)) for k in (1, 2))
     mix, step, at = Mixture([one, two], [0.5, 0.5], T), training_step(config, env, 'vanilla', rows), itertools.count()
     draws = {'one set': (one, lambda i: batch_starts('permuted', 0, 0, i, rows, one.n_tokens, T)),
-             'mixture of two': (mix, lambda i: mix.starts('permuted', 0, i, rows))}
+             'mixture of two': (mix, lambda i: mix.starts('permuted', 0, 0, 0, i, rows, T))}
 
     def drawn(data, draw):
         x, y = data.gather(draw(next(at)), T)

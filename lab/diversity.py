@@ -216,15 +216,15 @@ class Blocks:
 
     def __init__(self, data, name):
         self.data, self.name, self.sha256 = data, name, data.sha256
-        available = data.n_batches(n_sequences, seed) if hasattr(data, 'n_batches') else \
+        available = data.n_batches(n_sequences, sequence_length, seed) if hasattr(data, 'sources') else \
             data.n_tokens // sequence_length // n_sequences
         require((available >= n_batches, f'{name} has {available} batches of {n_sequences} x {sequence_length} tokens,'
                  f' n_batches = {n_batches}; give it more text or use fewer batches'))
 
     def rows(self, b):
         from corpus.bins import key_of, permute
-        if hasattr(self.data, 'n_batches'):
-            starts = self.data.starts('permuted', seed, b, n_sequences)
+        if hasattr(self.data, 'sources'):
+            starts = self.data.starts('permuted', seed, 0, 0, b, n_sequences, sequence_length)
         else:
             block = np.arange(b * n_sequences, (b + 1) * n_sequences)
             starts = permute(block, self.data.n_tokens // sequence_length, key_of(seed, 0)) * sequence_length
@@ -302,16 +302,16 @@ def main(argv=None):
     from tqdm import tqdm
 
     import runs
-    from corpus.bins import open_bin
-    from corpus.mixture import open_data, parse_mix
+    from corpus.data import open_data, open_split
+    from corpus.mixture import parse_mix
     env = runs.Env(device, 'float32')
     model, checkpoint = runs.load_model(probe, env.device)
     model.eval().requires_grad_(False)
     tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
     mixes = {n: data_mix if n == 'mix' else n.replace('+', ',') if '+' in n else '' for n in names}
-    opened = {n: open_data(data_dir, n, mixes[n], split, sequence_length, 'first_exhausted').head(max_tokens)
+    opened = {n: open_data(data_dir, n, split, sequence_length, mixes[n], 'first_exhausted').head(max_tokens)
               for n in names}
-    others = {n: open_bin(data_dir, n, 'test' if split == 'train' else split) for n in held_out}
+    others = {n: open_split(data_dir, n, 'test' if split == 'train' else split) for n in held_out}
     require((sequence_length <= args['block_size'], f'sequence_length = {sequence_length}, the probe was built for at'
              f' most {args["block_size"]}'),
             *((d.tokenizer == tokenizer and d.vocab_size <= args['vocab_size'], f'{n} holds {d.tokenizer!r} tokens with'

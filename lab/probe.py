@@ -197,7 +197,7 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, signals):
 
     rows_per_rank, saved_at = batch_size // env.world, time.time()
     micro, epoch_steps = micro_batch_size or rows_per_rank, n_blocks(n_blocks(train_data.n_tokens, T), batch_size)
-    bytes_per_token = train_data.text_bytes / (train_data.n_targets if train_data.row_length else train_data.n_tokens)
+    bytes_per_token = train_data.bytes_per_target
     probe.train()
     bar = runs.progress_bar(facts['name'], max_iters, counters['step'], env)
     window = [time.time(), 0, 0.0]                                      # for log.txt: start, tokens, nats
@@ -315,7 +315,7 @@ def main(argv=None):
 
     import runs
     import score
-    from corpus.bins import open_bin
+    from corpus.data import open_split
     from corpus.objectives import with_objective
     from model import build
     signals = runs.StopSignals(max_runtime if mode == 'information' else 0)
@@ -326,8 +326,8 @@ def main(argv=None):
             (mode == 'information' or env.world == 1 and init_from == 'scratch', 'mode = entropy runs in one process'
              ' and from scratch; drop torchrun and init_from'))
     name = sets.pop()
-    test_data = open_bin(data_dir, name, split, verify)
-    train_data = open_bin(data_dir, name, 'train', verify).head(train_only_on_leading_tokens) \
+    test_data = open_split(data_dir, name, split, verify)
+    train_data = open_split(data_dir, name, 'train', verify).head(train_only_on_leading_tokens) \
         if mode == 'information' else test_data
     jobs = []
     for path, label, checkpoint in zip(paths, names_of(paths), loaded):

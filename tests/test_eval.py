@@ -20,6 +20,7 @@ import score as scoring
 from codec import container as archive_file
 from configurator import UserError
 from corpus import bins
+from corpus.data import open_split
 from model import ModelConfig, make, model_args
 from training import huggingface
 
@@ -464,7 +465,7 @@ def test_interval_is_the_bootstrap_over_documents(tmp_path):
                      '--bootstrap=500'])
     folder = next(p for p in (tmp_path / 'out').iterdir())
     row = runs.read_run(str(folder))['rows'][0]
-    data = bins.open_bin(str(tmp_path), 'toy', 'test')
+    data = open_split(str(tmp_path), 'toy', 'test')
     x, y = data.gather(list(range(0, data.n_tokens, T)), T)
     with torch.no_grad():
         logits, targets = model(torch.from_numpy(x)).flatten(0, 1), torch.from_numpy(y).flatten()

@@ -15,7 +15,7 @@ import runs
 import sparse
 import train
 from codec.container import read_archive
-from corpus import bins
+from corpus.data import open_split
 from training import huggingface
 
 transformers = pytest.importorskip('transformers')
@@ -73,7 +73,7 @@ def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
         rows = list(csv.DictReader(f))
     assert [r['run'] for r in rows] == ['tiny', 'tiny', 'tuned', 'tuned']
     for r in rows:
-        data = bins.open_bin('data', 'bpe', r['split'])
+        data = open_split('data', 'bpe', r['split'])
         assert int(r['tokens']) == data.n_tokens and int(r['text_bytes']) == data.text_bytes
         assert float(r['perplexity_per_word']) > float(r['perplexity']) > 1
     assert float(rows[2]['loss_nats']) < float(rows[0]['loss_nats'])

@@ -12,6 +12,7 @@ from conftest import run_script, snapshot
 import prepare_metadata
 from configurator import UserError
 from corpus import bins, documents, metadata
+from corpus.data import open_split
 
 WORDS = 'a byte of text has its price and each zero is free until the model pays for what it knows'.split()
 
@@ -182,7 +183,7 @@ def prepare(tmp_path):
 
 
 def rows_of(folder, split='train'):
-    return bins.open_bin('', folder, split, verify=True)
+    return open_split('', folder, split, verify=True)
 
 
 def contents(folder):

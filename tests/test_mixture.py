@@ -12,6 +12,7 @@ import runs
 import train
 from configurator import UserError
 from corpus import bins, mixture
+from corpus.data import open_mixture
 
 
 def mix_of(sizes, shares, block_size=4, stop_when='never'):
@@ -19,6 +20,11 @@ def mix_of(sizes, shares, block_size=4, stop_when='never'):
     sources = [bins.Bin(1000 * k + np.arange(n), 10 ** 6, start_id=7, name=f'set{k}', sha256=str(k))
                for k, n in enumerate(sizes)]
     return mixture.Mixture(sources, shares, block_size, stop_when)
+
+
+def starts_of(mix, order, seed, number, batch_size):
+    """The positions of the run's batch of this number; a mixture looks at no epoch."""
+    return mix.starts(order, seed, 0, 0, number, batch_size, mix.block_size)
 
 
 @pytest.mark.parametrize('shares', [(0.5, 0.5), (0.7, 0.2, 0.1), (1 / 3, 1 / 3, 1 / 3), (0.9991, 0.0009), (1.0,)])
@@ -43,7 +49,7 @@ def test_a_row_does_not_depend_on_how_it_is_asked_for():
     assert np.array_equal(np.stack(mixture.draw(counts, rows, 1)), whole[:, rows])
     mix = mix_of([4000, 4000], (0.5, 0.5))
     for step in (0, 124, 125, 700):
-        starts = mix.starts('permuted', 5, step, 8)
+        starts = starts_of(mix, 'permuted', 5, step, 8)
         x, y = mix.gather(starts, 4)
         for n_ranks in (1, 2, 4):
             parts = [mix.gather(starts[r * 8 // n_ranks:(r + 1) * 8 // n_ranks], 4) for r in range(n_ranks)]
@@ -54,8 +60,8 @@ def test_a_row_does_not_depend_on_how_it_is_asked_for():
 @pytest.mark.parametrize('order', ['permuted', 'sequential'])
 def test_each_pass_over_a_source_holds_every_block_once(order):
     mix = mix_of([400, 40], (0.5, 0.5))                     # 100 and 10 blocks; 55 batches of 2 are an epoch
-    assert mix.n_batches(2, seed=0) == 55 and mix.n_tokens == 440
-    starts = np.concatenate([mix.starts(order, 0, b, 2) for b in range(20 * 55)])
+    assert mix.n_batches(2, 4, seed=0) == 55 and mix.n_tokens == 440
+    starts = np.concatenate([starts_of(mix, order, 0, b, 2) for b in range(20 * 55)])
     blocks = starts // 4
     small = blocks[blocks >= 100][:70]                      # seven passes over the small one
     assert all(sorted(small[i:i + 10]) == list(range(100, 110)) for i in range(0, 70, 10))
@@ -81,9 +87,9 @@ def test_exhaustion_is_known_beforehand(sizes, shares):
     assert mixture.exhausted_at(mix.counts, mix.blocks, 2) == first > 0
     drawn = list(mix.rows_by_source(first + 1, 2).values())
     assert sum(n > m for n, m in zip(drawn, mix.blocks)) == 1 and sum(drawn) == first + 1
-    starts = mix.starts('permuted', 2, 0, first)
+    starts = starts_of(mix, 'permuted', 2, 0, first)
     assert len(set(starts.tolist())) == first               # no block twice before it
-    assert mix.n_batches(2, 2) == first // 2
+    assert mix.n_batches(2, 4, 2) == first // 2
 
 
 def test_head_shares_the_unique_tokens():
@@ -118,12 +124,12 @@ def test_sources_must_fit_together(tmp_path):
     write_dataset(str(tmp_path), 'b')
     write_dataset(str(tmp_path), 'bpe', dtype='uint16', vocab_size=300)
     write_dataset(str(tmp_path), 'noval', splits=('train',))
-    mix = mixture.open_mixture(str(tmp_path), 'a:1,b:3', 'train', 32)
+    mix = open_mixture(str(tmp_path), 'a:1,b:3', 'train', 32)
     assert mix.name == 'a,b' and mix.shares == [0.25, 0.75] and mix.n_tokens == 8192
     for text, message in (('a,bpe', 'mixes tokenizers .a: byte, vocabulary 256, bpe: byte, vocabulary 300'),
                           ('a,noval', 'noval of data_mix.*has no val text'), ('a,none', "no data set 'none'")):
         with pytest.raises(UserError, match=message):
-            mixture.open_mixture(str(tmp_path), text, 'val', 32)
+            open_mixture(str(tmp_path), text, 'val', 32)
 
 
 # --- train.py on a mixture ---
@@ -189,8 +195,8 @@ def test_ranks_share_the_rows_of_a_mixture(world, train_mix, monkeypatch):
         monkeypatch.setattr(runs, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
         train_mix('--max_iters=3', '--final_train_blocks=0', f'--micro_batch_size={8 // world}', '--overwrite')
     rows = [sum((seen[rank][step] for rank in range(world)), []) for step in range(3)]
-    data = mixture.open_mixture(train.data_dir, 'a:0.75,b:0.25', 'train', 32)
-    assert rows == [data.starts('permuted', 858, step, 8).tolist() for step in range(3)]
+    data = open_mixture(train.data_dir, 'a:0.75,b:0.25', 'train', 32)
+    assert rows == [starts_of(data, 'permuted', 858, step, 8).tolist() for step in range(3)]
 
 
 def test_the_run_ends_where_the_first_source_is_exhausted(train_mix, capsys):

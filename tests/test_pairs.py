@@ -20,6 +20,7 @@ import score
 import train
 from configurator import UserError
 from corpus import bins
+from corpus.data import open_pairs, open_split
 from model import GPT, ModelConfig
 
 WORDS = 'zero byte loss mask line gain rule tree fold step'.split()
@@ -68,7 +69,7 @@ def losses(out):
 @pytest.mark.parametrize('loss_on', ['text', 'text+markup'])
 def test_prefix_and_padding_give_exactly_no_gradient(data_dir, loss_on):
     """The gradient of a batch's loss with respect to the logits is 0.0 wherever no text is predicted, and not there."""
-    rows = bins.open_bin(data_dir, 'meta', 'train').scoring(loss_on)
+    rows = open_split(data_dir, 'meta', 'train').scoring(loss_on)
     starts = np.arange(0, 64 * 30, 64)
     x, y = map(torch.from_numpy, rows.gather(starts, 64))
     model, kept = tiny_model(), []
@@ -118,13 +119,13 @@ def test_step_loss_does_not_depend_on_the_split(data_dir, tmp_path):
 
 def test_training_counts_text_and_validates_pairs(trained, data_dir):
     """Tokens are scored ones; bits per byte are of the text; pairs are in log, run.json; the title is read."""
-    found, rows = runs.read_run(trained), bins.open_bin(data_dir, 'meta', 'val')
+    found, rows = runs.read_run(trained), open_split(data_dir, 'meta', 'val')
     with open(f'{trained}/log.txt') as f:
         lines = [line for line in f if 'pairs type=' in line]
     assert len(lines) == 2 * 3 and 'type=url step=100' in lines[0] and 'true_wins=' in lines[0]
     assert found['tokens_seen'] < 200 * 16 * 64 * 0.9
     assert found['pairs_title_with_nats'] < found['pairs_title_without_nats'] - 0.01
-    test = bins.open_bin(data_dir, 'meta', 'test')
+    test = open_split(data_dir, 'meta', 'test')
     assert found['test_bits_per_byte'] == pytest.approx(found['mean_test_loss'] / np.log(2))      # a token is a byte
     assert test.n_targets == test.text_bytes < test.n_tokens and rows.n_targets > 0
 
@@ -157,7 +158,7 @@ def test_hidden_padding_on_two_ranks(data_dir, tmp_path, shard):
 
 def test_hidden_padding_compiled(data_dir):
     """What torch.compile makes of a forward with hidden padding has the same loss and gradients."""
-    x, y = map(torch.from_numpy, bins.open_bin(data_dir, 'meta_same', 'train').gather(np.arange(0, 64 * 8, 64), 64))
+    x, y = map(torch.from_numpy, open_split(data_dir, 'meta_same', 'train').gather(np.arange(0, 64 * 8, 64), 64))
     assert (x < 0).any()
     found = []
     for compiled in (False, True):
@@ -240,7 +241,7 @@ def test_pairs_table(trained, data_dir, tmp_path, capsys):
 def test_pair_losses_are_those_of_the_rows_one_by_one(trained, data_dir):
     """Batches of 32, of 1, of three ranks and a loop of this test over rows agree to 1e-6."""
     model, env = runs.load_model(trained, 'cpu')[0].eval(), OneProcess()
-    arms = pairs.open_pairs(data_dir, 'meta')['title']
+    arms = open_pairs(data_dir, 'meta')['title']
     rows, sums = arms['with'], {}
     for size in (32, 1):
         sums[size] = pairs.row_sums(model, rows, size, env)
@@ -282,7 +283,7 @@ def test_pairs_refuse_other_data(trained, toy, data_dir, tmp_path):
 
 def test_rows_score_as_text(trained, data_dir):
     """score.evaluate over rows: bytes are those of the scored tokens, of leading rows too."""
-    model, rows = runs.load_model(trained, 'cpu')[0], bins.open_bin(data_dir, 'meta', 'val')
+    model, rows = runs.load_model(trained, 'cpu')[0], open_split(data_dir, 'meta', 'val')
     for n in (0, 5):
         found = score.evaluate(model, rows, 64, 16, OneProcess(), max_blocks=n)
         assert found['tokens'] == found['text_bytes'] == rows.head(n * 64).n_targets

@@ -12,6 +12,7 @@ from test_prepare import ROOT, byte_level_bpe
 import prepare_pile
 from configurator import UserError
 from corpus import bins
+from corpus.data import open_split
 
 SETS = {'PubMed Abstracts': 'pubmed', 'USPTO Backgrounds': 'uspto', 'Pile-CC': 'pile_cc'}
 DOCUMENTS = [(f'Document {i}: ' + f'word{i % 7} ' * (i * 13 % 90) + 'é日本', list(SETS)[i // 2 % 3])
@@ -67,7 +68,7 @@ def test_components_are_told_apart_in_one_pass_and_splits_are_disjoint():
         assert 1 <= len(parts['val']) < 0.4 * len(expected)
         meta = bins.read_meta('data', name)
         assert meta['source']['component'] == component and meta['splits']['val']['documents'] == len(parts['val'])
-        data = bins.open_bin('data', name, 'train', verify=True)
+        data = open_split('data', name, 'train', verify=True)
         starts = np.fromfile(f'data/{name}/train.index.bin', '<u8')
         assert starts.tolist() == [0, *(np.cumsum([len(t.encode()) + 3 for t in parts['train']])[:-1])]
         assert data.index.endswith('train.index.bin') and data.head(9).index == data.index
@@ -79,7 +80,7 @@ def test_bpe_has_end_of_text_between_documents_or_the_published_recipe():
     end = tok.token_to_id('<|endoftext|>')
     prepare('--subsets=pubmed', '--tokenizer=tokenizer.json')
     prepare('--subsets=pubmed', '--tokenizer=tokenizer.json', '--no-eot', '--prefix=plain_')
-    ids, plain = (bins.open_bin('data', n, 'train', verify=True) for n in ('pubmed', 'plain_pubmed'))
+    ids, plain = (open_split('data', n, 'train', verify=True) for n in ('pubmed', 'plain_pubmed'))
     entry = bins.read_meta('data', 'pubmed')['splits']['train']
     n_documents = entry['documents']
     assert (ids.tokens == end).sum() == n_documents - 1 and np.array_equal(ids.tokens[ids.tokens != end], plain.tokens)
@@ -124,7 +125,7 @@ def test_interrupted_preparation_continues_to_the_same_bytes(stop_at, max_tokens
     prepare(*flags)
     for name in ('pubmed', 'uspto'):
         whole, mine = (bins.read_meta(folder, name)['splits'] for folder in ('whole', 'data'))
-        assert whole == mine and bins.open_bin('data', name, 'val', verify=True)
+        assert whole == mine and open_split('data', name, 'val', verify=True)
         for split in whole:
             with open(f'whole/{name}/{split}.index.bin', 'rb') as f, open(f'data/{name}/{split}.index.bin', 'rb') as g:
                 assert f.read() == g.read()

@@ -17,6 +17,7 @@ import prepare_text
 import prepare_wiki40b
 from configurator import UserError
 from corpus import bins, clean, tokens
+from corpus.data import open_split
 
 ROOT = os.path.dirname(os.path.abspath(bins.__file__))
 ARTICLES = [f'\n_START_ARTICLE_\nNo. {i}\n_START_PARAGRAPH_\nCafé "{i}" isn\'t \\n 日本'.encode()
@@ -156,7 +157,7 @@ def test_sample_splits_share_no_paragraph_and_refresh(capsys):
     first = {s: read('data/sample', f'{s}.bin') for s in ('train', 'val', 'test')}
     total = sum(map(len, first.values()))
     assert all(0.07 < len(first[s]) / total < 0.1 for s in ('val', 'test'))
-    assert bins.open_bin('data', 'sample', 'val', verify=True).n_tokens == len(first['val'])
+    assert open_split('data', 'sample', 'val', verify=True).n_tokens == len(first['val'])
     topics = bins.read_meta('data', 'sample')['source']['topics']
     assert len(set(sum(topics.values(), []))) == sum(map(len, topics.values()))
     paragraphs = {s: {' '.join(p.split()) for p in t.decode().split('\n\n') if len(p) > 80} for s, t in first.items()}
@@ -304,7 +305,7 @@ def test_text_one_file_with_val_source_is_the_leading_bytes():
                        f'--val_source={write_file("b.txt", b"other text")}'])
     assert read('data/a/train.bin') == data[:3000] and read('data/a/val.bin') == b'other text'
     assert list(splits_of('data/a')) == ['train', 'val']
-    assert bins.open_bin('data', 'a', 'train', verify=True).n_tokens == 3000
+    assert open_split('data', 'a', 'train', verify=True).n_tokens == 3000
 
 
 def test_text_single_document_gives_up_its_tail():
@@ -396,7 +397,7 @@ def test_text_bpe_tokens_stand_for_the_original_bytes(monkeypatch):
     monkeypatch.setattr(tokens, 'PIECE', 50)                      # cut often; the tokens may not change
     monkeypatch.setattr(prepare_text, 'BATCH', 500)
     prepare_text.main(['--name=a', '--source=x.jsonl', '--tokenizer=tokenizer.json', '--val_fraction=0'])
-    ids, meta = bins.open_bin('data', 'a', 'train', verify=True).tokens, bins.read_meta('data', 'a')
+    ids, meta = open_split('data', 'a', 'train', verify=True).tokens, bins.read_meta('data', 'a')
     tok.encode_special_tokens = True
     expected = [tok.encode(t, add_special_tokens=False).ids for t in texts]
     end = tok.token_to_id('<|endoftext|>')
@@ -470,7 +471,7 @@ def test_text_failure_keeps_the_older_data_set():
         f.write('{')
     with pytest.raises(UserError, match='not JSON'):
         prepare_text.main(['--name=a', '--source=x.jsonl'])
-    assert read('data/a/train.bin') == before and bins.open_bin('data', 'a', 'train', verify=True)
+    assert read('data/a/train.bin') == before and open_split('data', 'a', 'train', verify=True)
     assert not [n for n in os.listdir('data/a') if n.endswith('.tmp')]
     write_jsonl('x.jsonl', TEXTS[:50])
     prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', '--overwrite'])
@@ -529,7 +530,7 @@ def test_the_index_finds_every_document(flags):
     texts = [*TEXTS[:20], '', 'x' * 200_000 + ' last words']
     write_jsonl('x.jsonl', texts)
     prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', *flags])
-    data, entry = bins.open_bin('data', 'a', 'train'), splits_of('data/a')['train']
+    data, entry = open_split('data', 'a', 'train'), splits_of('data/a')['train']
     starts = np.fromfile(os.path.join('data/a', entry['index']), '<u8')
     ends = [*(starts[1:] - (1 if flags else 3)), data.n_tokens]
     found = [data.tokens[a:b] for a, b in zip(starts, ends)]
@@ -592,7 +593,7 @@ def test_more_than_two_billion_tokens():
         f.write(np.array([7, 8, 9], '<u2').tobytes())
     entry = dict(file='train.bin', tokens=n, text_bytes=n, documents=1, sha256='')
     bins.write_meta('data/long', 'prepare_text.py', [], dict(train=entry), 'x', 'uint16', 100, 0, dict(name='gpt2'))
-    data = bins.open_bin('data', 'long', 'train')
+    data = open_split('data', 'long', 'train')
     x, y = data.gather([n - 4], 8)
     assert y[0].tolist() == [0, 7, 8, 9, -1, -1, -1, -1] and data.n_scored([n - 4], 8) == 4
     last = bins.n_blocks(n, 8) - 1

@@ -14,6 +14,7 @@ import runs
 import score
 from configurator import UserError
 from corpus import bins
+from corpus.data import open_split
 from lab import probe
 from model import GPT, ModelConfig, make, model_args
 from training import huggingface
@@ -280,7 +281,7 @@ def test_entropy_of_a_causal_model_is_its_loss(draws, tmp_path, capsys):
     with open(tmp_path / 'e' / 'entropy.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert [int(r['row']) * T + int(r['position']) for r in rows] == list(range(5 * T))
-    data = bins.open_bin(draws[0], 'draws', 'test')
+    data = open_split(draws[0], 'draws', 'test')
     assert [int(r['token']) for r in rows] == data.tokens[:5 * T].tolist()
     losses, windows = ([float(r[c]) for r in rows] for c in ('loss_nats', 'two_window_nats'))
     assert windows == pytest.approx(losses, abs=2e-5)

@@ -11,7 +11,7 @@ import runs
 import score
 import sparse
 from configurator import UserError
-from corpus import bins
+from corpus.data import open_split
 from lab import bench
 from model import GPT, ModelConfig, flops_per_token, model_args, n_parameters
 
@@ -197,7 +197,7 @@ def test_other_depths(monkeypatch, n, strategy, kept):
 def test_sensitivity_drops_what_matters_least(deep, tmp_path, toy, capsys):
     """Brute force: every layer left out in turn, twice, on the leading validation blocks."""
     path, teacher = deep
-    text = bins.open_bin(toy, 'toy', 'val').head(16 * sparse.CALIBRATION_BLOCKS)
+    text = open_split(toy, 'toy', 'val').head(16 * sparse.CALIBRATION_BLOCKS)
     blocks, left, out = list(teacher.blocks), list(range(12)), []
     for _ in range(2):
         losses = {}

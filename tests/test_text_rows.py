@@ -15,6 +15,7 @@ import train
 import train_tokenizer
 from configurator import UserError
 from corpus import bins, tokens
+from corpus.data import open_split
 from corpus.rows import DocumentRowWriter
 
 SIZES = (1, 31, 32, 33, 64, 65, 400, 7)
@@ -47,7 +48,7 @@ def test_each_document_has_its_own_rows(data_dir, flags, truncate):
     """Rows rebuilt by hand: a document's ids, then padding of id start_id and mask 0; the index finds each document."""
     more = ['--truncate'] if truncate else []
     prepare(data_dir, f'rows{truncate}{flags[0][12:]}', *flags, '--rows=32', '--val_fraction=0', *more)
-    data = bins.open_bin(data_dir, f'rows{truncate}{flags[0][12:]}', 'train', verify=True)
+    data = open_split(data_dir, f'rows{truncate}{flags[0][12:]}', 'train', verify=True)
     expected, mask, starts = [], [], []
     for text in DOCS:
         ids = encoded(data_dir, text, flags)[:32 if truncate else None]
@@ -67,7 +68,7 @@ def test_each_document_has_its_own_rows(data_dir, flags, truncate):
 def test_packed_rows_lose_no_tail(data_dir, flags):
     """Every token is a target once, the last row of an epoch included, though it is short."""
     prepare(data_dir, f'packed{flags[0][12:]}', *flags, '--val_fraction=0')
-    data = bins.open_bin(data_dir, f'packed{flags[0][12:]}', 'train')
+    data = open_split(data_dir, f'packed{flags[0][12:]}', 'train')
     assert data.n_tokens % 32
     scored = []
     for batch in range(-(-bins.n_blocks(data.n_tokens, 32) // 8)):
@@ -116,7 +117,7 @@ def test_a_million_spaces(data_dir, tmp_path):
     text = 'a' + ' ' * 1_200_000 + 'x'
     (tmp_path / 's.txt').write_text(text)
     prepare(data_dir, 'spaces', '--tokenizer=own', f'--source={tmp_path / "s.txt"}', '--val_fraction=0', '--overwrite')
-    ids = bins.open_bin(data_dir, 'spaces', 'train').tokens.tolist()
+    ids = open_split(data_dir, 'spaces', 'train').tokens.tolist()
     assert tokens.own_encoding(f'{data_dir}/tokenizers/own').decode_bytes(ids).decode() == text
 
 
@@ -125,7 +126,7 @@ def test_packed_after_rows_leaves_no_mask(data_dir):
     folder = prepare(data_dir, 'both', '--rows=32')
     assert os.path.exists(f'{folder}/train.mask.bin') and 'mask' in bins.read_meta('', folder)['splits']['train']
     prepare(data_dir, 'both', '--overwrite')
-    assert not glob.glob(f'{folder}/*mask*') and not bins.open_bin(data_dir, 'both', 'train').row_length
+    assert not glob.glob(f'{folder}/*mask*') and not open_split(data_dir, 'both', 'train').row_length
 
 
 def test_an_interrupted_run_leaves_nothing(data_dir, monkeypatch):
@@ -175,7 +176,7 @@ def test_train_and_eval_take_the_rows(data_dir, tmp_path):
     path, = glob.glob(f'{tmp_path}/eval-*/run.json')
     with open(path) as f:
         row, = json.load(f)['rows']
-    data, (model, _) = bins.open_bin(data_dir, 'learn', 'test'), runs.load_model(out, torch.device('cpu'))
+    data, (model, _) = open_split(data_dir, 'learn', 'test'), runs.load_model(out, torch.device('cpu'))
     nats = 0.0
     for start in range(0, data.n_tokens, 32):
         kept = data.mask[start:start + 32] == 1

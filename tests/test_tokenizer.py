@@ -18,6 +18,7 @@ import train
 import train_tokenizer
 from configurator import UserError
 from corpus import bins, tokens
+from corpus.data import open_split
 
 SIZE = 700
 
@@ -202,7 +203,7 @@ def model(folder):
 
 def test_data_in_its_ids_are_the_text(model):
     """Packed ids give the bytes back, and meta.json carries the tokenizer: name, hash, file, bytes of each id."""
-    data = bins.open_bin(str(model / 'data'), 'text', 'train', verify=True)
+    data = open_split(str(model / 'data'), 'text', 'train', verify=True)
     meta = bins.read_meta(str(model / 'data'), 'text')
     encoding = tokens.own_encoding(str(model / 'data/tokenizers/own'))
     raw = encoding.decode_bytes(data.tokens.tolist())
@@ -218,7 +219,7 @@ def test_eval_counts_its_bytes(model):
                      '--device=cpu', '--dtype=float32', '--bootstrap=0'])
     path, = glob.glob(str(model / 'out/eval-*/run.json'))
     row, = json.load(open(path))['rows']
-    data = bins.open_bin(str(model / 'data'), 'text', 'test')
+    data = open_split(str(model / 'data'), 'text', 'test')
     assert row['bits_per_byte'] == pytest.approx(row['loss_nats'] * data.n_tokens / data.text_bytes / np.log(2))
     assert 0 < row['bits_per_byte'] < 8 and data.n_tokens < data.text_bytes
 
