@@ -1,4 +1,4 @@
-"""A run from its folder's first line to its last number: what train.py, distill.py and the probe need around their steps.
+"""A run from its folder's first line to its last number: what the trainers need around their steps.
 
     run = Run(out_dir, config, env, signals, counters=dict(tokens=0))
     run.open(CSV_COLUMNS, overwrite=False, n_steps=n_steps, ...)        everything that can fail has been tried before
@@ -19,13 +19,12 @@ import os
 import sys
 import time
 
-from configurator import UserError
-from training.checkpoint import newest_checkpoint, save_checkpoint
-from training.folder import RunRecord, open_logs, open_run_folder
+from configurator import UserError, require
+from training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from training.folder import RunRecord, close_run_folders, commit_run_folders, open_logs, open_run_folder
+from training.plan import LN2
+from training.process import PAUSED
 from training.step import MAX_SKIPPED
-
-LN2 = math.log(2)
-PAUSED = 85                     # exit status of a run that saved itself and wants to be continued
 
 
 class Window:
@@ -59,6 +58,8 @@ class Run:
 
     def __init__(self, out_dir, config, env, signals, counters=None, start=None):
         self.out_dir = out_dir
+        self.checkpoint_time = config['checkpoint_time']
+        self.log_every = config['log_every']
         self.config = config
         self.env = env
         self.signals = signals
@@ -76,16 +77,16 @@ class Run:
 
     # --- beginning ---
 
-    def open(self, columns, overwrite=False, resume=False, parent='', checkpoint_time=0.0, log_every=1,
-             wandb_project='', **facts):
+    def open(self, columns, overwrite=False, resume=False, parents=(), wandb_project='', **facts):
         """Take the folder and open run.json, log.txt and train_loss.csv; facts go to run.json.
 
-        parent: the checkpoint a new run starts from. wandb_project: '' = no wandb.
+        parents: checkpoints that the run reads, which may not lie in a folder that is about to be cleared.
+        wandb_project: '' = no wandb.
         """
-        self.checkpoint_time = checkpoint_time
-        self.log_every = log_every
         if self.env.main:
-            open_run_folder(self.out_dir, overwrite, resume, parent)
+            if wandb_project:
+                require_wandb()
+            open_run_folder(self.out_dir, overwrite, resume, parents)
         self.env.barrier()
         self.record = RunRecord(self.out_dir, self.config, self.env, **facts)
         if self.env.main:
@@ -127,7 +128,7 @@ class Run:
 
         One rank that was asked to stop stops all; rank 0's clock says when a checkpoint is due.
         """
-        asked = float(bool(self.signals.asked(self.step)))
+        asked = float(self.signals.asked(self.step))
         late = self.checkpoint_time and time.monotonic() - self.last_saved > self.checkpoint_time
         due = float(self.env.main and bool(late))
         *sums, stop, save_due = self.env.sum(self.env.torch.cat((sums, sums.new_tensor([asked, due])))).tolist()
@@ -138,7 +139,7 @@ class Run:
     def check_finite(self, loss, norm, where, cure, may_skip=False):
         """Say whether the step may be taken. A loss that is not finite ends the run before the update.
 
-        may_skip: with fp16 a gradient that is not finite skips the step and lowers the scale, 20 times in a row at most.
+        may_skip: with fp16 a gradient that is not finite skips the step and lowers the scale, 20 times in a row.
         """
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
@@ -182,24 +183,40 @@ class Run:
         self.counters['train_seconds'] += now - self.lap_started
         self.lap_started = now
 
-    def save(self, checkpoint, name='', keep_last=1):
-        """Write a checkpoint with the counters; name: '' = ckpt.pt. A .sharded one is written by all ranks together."""
-        name = name or 'ckpt.pt'
+    def save(self, checkpoint, name='ckpt.pt', keep_last=1):
+        """Write a checkpoint with the counters; one whose name ends in .sharded is written by all ranks together.
+
+        Once a run has a checkpoint to go on from, the run that it replaces is let go.
+        """
+        goes_on = name.startswith('ckpt.')
+        if goes_on:
+            self.lap()
         if self.env.main:
             self.loss_file.flush()
         if self.env.main or name.endswith('.sharded'):
             save_checkpoint(os.path.join(self.out_dir, name), dict(checkpoint, **self.counters), keep_last)
+        if goes_on:
+            commit_run_folders()
+            self.last_saved = time.monotonic()
         self.env.barrier()
-        self.last_saved = time.monotonic()
 
     def pause(self):
         """Say that the run was saved and waits; returns the exit status."""
         self.bar.close()
-        reason = self.signals.received or 'another rank'
-        self.note(f'paused step={self.step} reason={reason}; continue with --init_from=resume')
-        self.record.update(status='paused', step=self.step)
+        self.note(self.record.pause(f"step={self.step} reason={self.signals.received or 'rank'}", step=self.step))
         self.close()
         return PAUSED
+
+    def leave_at_once(self):
+        """From here on, where all is saved and only scoring is left, a signal ends the run at once."""
+        self.signals.leave_at_once(self._leave)
+
+    def _leave(self):
+        line = self.record.pause(f'while scoring by {self.signals.received}')
+        if self.env.main:
+            self.log.write(f'{time.strftime("%H:%M:%S")} {line}\n')
+        close_run_folders()
+        os._exit(PAUSED)
 
     def finish(self, totals):
         """Write the final numbers to the log and to run.json."""
@@ -216,6 +233,7 @@ class Run:
             self.wandb.finish()
         self.env.barrier()
         self.env.close()
+        close_run_folders()
 
 
 def starting_checkpoint(init_from, out_dir, env):
@@ -223,7 +241,6 @@ def starting_checkpoint(init_from, out_dir, env):
 
     A run that is to be resumed but has no checkpoint yet starts from scratch: so one command serves every restart.
     """
-    from training.checkpoint import load_checkpoint
     if init_from == 'scratch':
         return {}, '', False
     if init_from != 'resume':
@@ -234,3 +251,22 @@ def starting_checkpoint(init_from, out_dir, env):
     if env.main:
         print(f'init_from = resume, but {path} does not exist yet: starting from scratch')
     return {}, '', False
+
+
+def require_wandb():
+    """Refuse to begin without what wandb.init will ask for: the package, and an API key or an offline mode."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log = True, but wandb is not installed; pip install wandb or drop --wandb_log') from None
+    mode = os.environ.get('WANDB_MODE') or wandb.setup().settings.mode
+    if mode in ('offline', 'disabled', 'dryrun'):
+        return
+    if os.environ.get('WANDB_API_KEY') or os.environ.get('WANDB_IDENTITY_TOKEN_FILE'):
+        return
+    try:
+        known = wandb.login(prompt=False, verify=False)     # reads the settings and .netrc, asks no server
+    except TypeError:                                       # wandb before 0.25 has no prompt
+        known = wandb.api.api_key
+    require((known, 'wandb_log = True, but wandb has no API key; run wandb login, set WANDB_API_KEY, or'
+             ' WANDB_MODE=offline'))
