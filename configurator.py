@@ -4,7 +4,7 @@
 
 A knob is a public lower-case int, float, bool or str assigned a literal at the top level of the script. A config file
 is Python, run in a namespace that holds the current values, so `epochs = epochs * 2` works; names that start with `_`
-are private to it. "Off" is '', 0 or -1, as each knob's comment says.
+are private to it. "Off" is '', 0 or -1, as each knob's comment says. -f is short for --overwrite where a script has it.
 """
 import ast
 import difflib
@@ -103,16 +103,45 @@ def run_config_file(path, values, defaults):
     return values
 
 
+def split_paths(argv, count, command):
+    """Return (paths, other arguments) of the arguments that follow a verb.
+
+    count: number of paths, which may have any name; or (fewest, most), where a path beyond the fewest does not start
+    with a dash (- alone is one); or -1, any number of names that are neither flags nor config files. Raises UserError.
+    """
+    if count == -1:
+        paths = [a for a in argv if not a.startswith('--') and not a.endswith('.py')]
+        return paths, [a for a in argv if a not in paths]
+    fewest, most = count if isinstance(count, tuple) else (count, count)
+    if len(argv) < fewest:
+        expected = fewest if fewest == most else f'{fewest} to {most}'
+        raise UserError(f'{command} takes {expected} paths, got {len(argv)}; see python {command.split()[0]} --help')
+
+    # What follows the paths that must be there is one more path, or the first flag or config file.
+    paths = argv[:fewest]
+    rest = argv[fewest:]
+    while rest and len(paths) < most:
+        if rest[0].startswith('-') and rest[0] != '-':
+            break
+        if rest[0].endswith('.py') and os.path.isfile(rest[0]):
+            raise UserError(f'{command}: {rest[0]!r} may be meant as a path or as a config file; '
+                            f'name all {most} paths before a config file, or leave the path out')
+        paths.append(rest.pop(0))
+    return paths, rest
+
+
 def configure(namespace, argv=None, verbs=None):
     """Set a script's knobs from argv and return them as a dict; with verbs, return (verb, paths, dict).
 
-    namespace: globals() of the script. argv: list of str, default sys.argv[1:]. verbs: {verb: number of paths}.
+    namespace: globals() of the script. argv: list of str, default sys.argv[1:]. verbs: {verb: number of paths, or what
+    else split_paths takes}.
     Defaults are read from the source, so a second call in one process starts afresh. Raises UserError; --help exits 0.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     script = os.path.basename(namespace['__file__'])
     defaults, block = knobs_of(namespace['__file__'])
     values, verb, paths = dict(defaults), '', []
+    has_overwrite = isinstance(defaults.get('overwrite'), bool)
     if any(a in ('--help', '-h') for a in argv) or (verbs and not argv):
         print(namespace['__doc__'] or '')
         print('# knobs, with their defaults\n' + block if block else '')
@@ -123,15 +152,13 @@ def configure(namespace, argv=None, verbs=None):
             close = difflib.get_close_matches(verb, verbs, 1, 0.4)
             hint = f'did you mean {close[0]}? ' if close else ''
             raise UserError(f'{script}: unknown verb {verb!r}; {hint}known: {", ".join(verbs)}')
-        n = verbs[verb]
-        if n < 0:                               # any number of paths: everything that is neither a flag nor a config
-            paths = [a for a in argv if not a.startswith('--') and not a.endswith('.py')]
-            argv = [a for a in argv if a not in paths]
-        else:
-            paths, argv = argv[:n], argv[n:]
-            if len(paths) < n:
-                raise UserError(f'{script} {verb} takes {n} paths, got {len(paths)}; see python {script} --help')
+        f_first = has_overwrite and argv[:1] == ['-f']          # where gzip's and xz's users write it
+        paths, argv = split_paths(argv[1:] if f_first else argv, verbs[verb], f'{script} {verb}')
+        if f_first:
+            argv = ['-f', *argv]
     for arg in argv:
+        if arg == '-f' and has_overwrite:
+            arg = '--overwrite'
         if not arg.startswith('--'):
             if not arg.endswith('.py'):
                 raise UserError(f'{script}: {arg!r} is neither a config file (*.py) nor --key=value')
