@@ -1,18 +1,23 @@
 """Turn a trained model and a file into one archive that decodes bit for bit; or learn while coding and store no model.
 
-    python compress.py pack out/RUN/ckpt.pt FILE ARCHIVE      two-part: quantised model + data; decodes on any machine
-    python compress.py online FILE ARCHIVE [config/online.py] learns while it codes: no weights stored, one machine type
-    python compress.py unpack ARCHIVE FILE                    both kinds; - is standard input or output
+    python compress.py pack out/RUN/ckpt.pt FILE [ARCHIVE]    two-part: quantised model + data; decodes on any machine
+    python compress.py online FILE [ARCHIVE] [config/online.py]   learns while it codes: no weights, one machine type
+    python compress.py unpack ARCHIVE [FILE]                  both kinds; - is standard input or output
     python compress.py verify ARCHIVE FILE                    decode and compare
     python compress.py info ARCHIVE                           sections, bits per byte, bits per weight, settings
 
-What comes out is checked against the CRC-32 of each block and the SHA-256 of the whole before it gets its name; to a
-pipe only checked blocks are written. Exit code 1 and one line for whatever is damaged, foreign or impossible here.
+ARCHIVE is FILE.mdl, FILE is ARCHIVE without its .mdl, where none is named. What exists is replaced with --overwrite
+(-f) only, and an input never. A symbolic link stays, and the file that it names is replaced; fifos and devices are
+written through. What comes out is checked against the CRC-32 of each block and the SHA-256 of the whole before it gets
+its name; to a pipe only checked blocks are written. Exit code 1 and one line for whatever is damaged, foreign,
+impossible here, or not written to its last byte. A signal leaves no temporary file; exit code 128 + its number.
 """
+import contextlib
 import hashlib
 import lzma
 import math
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -29,6 +34,7 @@ threads = 0                     # of torch; 0 = its own choice (an online archiv
 streams_at_once = 0             # streams that the model runs at a time when decoding, 0 = all; same output
 verify = True                   # after pack or online, decode in a fresh process before success is reported
 progress = True                 # bar and summary on standard error
+overwrite = False               # replace the file that is to be written where it exists; -f for short
 # pack
 weight_bits = 0.0               # bits per non-zero weight to spend; 0 = whatever makes weights + data smallest, or the
                                 # grid that the model was trained on (train.py --qat_bits)
@@ -55,7 +61,8 @@ online_seed = 1
 state = ''                      # file to save online coding or decoding in after every segment, and to resume from
 # -----------------------------------------------------------------------------
 
-VERBS = dict(pack=3, online=2, unpack=2, verify=2, info=1)
+VERBS = dict(pack=(2, 3), online=(1, 2), unpack=(1, 2), verify=2, info=1)
+ENDING = '.mdl'                                 # of an archive's name where none is given
 MAX_STREAMS, MAX_CACHE_BYTES = 4096, 64 << 30
 
 
@@ -270,11 +277,31 @@ def decode_blocks(head, table, sections, verb):
     bar.show(done, 8 * at, last=True)
 
 
-def decoded(path, verb):
-    """Yield the blocks of an archive; after the last its SHA-256 has been checked. Whatever is wrong is a UserError."""
-    from codec.container import DAMAGED, ONLINE, read_archive, read_input
+@contextlib.contextmanager
+def forged_archives(path):
+    """Turn whatever an archive's content makes go wrong into a UserError."""
+    from codec.container import DAMAGED
     try:
-        kind, head, table, sections = read_archive(read_input(path), path)
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+            MemoryError, zlib.error, lzma.LZMAError, struct.error) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f'{path} holds what no packer writes ({type(e).__name__}: {str(e)[:200]}); {DAMAGED}') from None
+
+
+def open_archive(path):
+    """Read an archive whole: (kind, head, block table, sections), CRCs checked."""
+    from codec.container import read_archive, read_input
+    with forged_archives(path):
+        return read_archive(read_input(path), path)
+
+
+def decoded(path, opened, verb):
+    """Yield the blocks of an opened archive; after the last its SHA-256 has been checked. Raises only UserError."""
+    from codec.container import DAMAGED, ONLINE
+    kind, head, table, sections = opened
+    with forged_archives(path):
         if kind == ONLINE:
             from codec import online
             blocks = online.decode_blocks(head, table, sections, progress, state)
@@ -287,18 +314,13 @@ def decoded(path, verb):
             yield text
         if sha.hexdigest() != head['sha256'] or n != head['bytes']:
             raise UserError(f'{path}: what was decoded has another SHA-256 than the original; {DAMAGED}')
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-            MemoryError, zlib.error, lzma.LZMAError, struct.error) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f'{path} holds what no packer writes ({type(e).__name__}: {str(e)[:200]}); {DAMAGED}') from None
 
 
 def compare(archive_path, path):
     """Decode an archive and compare it with a file; returns the number of bytes."""
     from codec.container import read_input
     raw, n = read_input(path), 0
-    for text in decoded(archive_path, 'verify'):
+    for text in decoded(archive_path, open_archive(archive_path), 'verify'):
         if raw[n:n + len(text)] != text:
             raise UserError(f'{archive_path} decodes to something else than {path}, in bytes {n} to {n + len(text)}')
         n += len(text)
@@ -307,18 +329,29 @@ def compare(archive_path, path):
     return n
 
 
-def verify_in_fresh_process(archive_path, path, raw):
-    """Run `verify` in a new interpreter; path '-' gets the original through a pipe."""
-    command = [sys.executable, os.path.abspath(__file__), 'verify', archive_path, path, f'--device={device}',
-               f'--threads={threads}', f'--progress={progress}']
-    source = dict(input=raw) if path == '-' else dict(stdin=subprocess.DEVNULL)
+def verify_in_fresh_process(out, path, raw):
+    """Run `verify` on an Output that has been written, in a new interpreter.
+
+    A temporary file without a name is the other's standard input; where that is taken by the original, which cannot be
+    read again from a pipe, it is handed over open.
+    """
+    regular = path != '-' and os.path.isfile(path)
+    source = dict(stdin=subprocess.DEVNULL) if regular else dict(input=raw)
+    archive_path = out.tmp
+    if not out.tmp:
+        out.file.seek(0)
+        number = out.file.fileno()
+        archive_path = '-' if regular else f'/dev/fd/{number}'
+        source |= dict(stdin=out.file) if regular else dict(pass_fds=[number])
+    command = [sys.executable, os.path.abspath(__file__), 'verify', archive_path, path if regular else '-',
+               f'--device={device}', f'--threads={threads}', f'--progress={progress}']
     if subprocess.run(command, **source).returncode:
         raise UserError('the archive does not decode to the file and was not kept; please report it with your machine')
 
 
 def info(path):
     """Print what an archive holds."""
-    from codec.container import CODED, ONLINE, read_archive, read_input
+    from codec.container import CODED, ONLINE, Output, read_archive, read_input
     raw = read_input(path)
     kind, head, table, sections = read_archive(raw, path)
     rows = [('kind', 'online' if kind == ONLINE else 'two-part'),
@@ -337,7 +370,78 @@ def info(path):
     rows += [(k, v) for k, v in head.items() if k not in ('bytes', 'sha256', 'sites', 'wide')]
     if 'strings' in head:
         rows.append(('external', f'tokenizer {head["tokenizer"]}, about 1 MB, is not in the archive'))
-    print('\n'.join(f'{k:16} {v}' for k, v in rows))
+    with Output('-', at_once=True) as out:
+        out.write(''.join(f'{k:16} {v}\n' for k, v in rows).encode())
+        out.commit()
+
+
+def say(text):
+    if progress:
+        print(text, file=sys.stderr)
+
+
+def summary(verb, started, n_bytes, before=''):
+    seconds = time.time() - started
+    say(f'{verb}: {before}{n_bytes:,} bytes, {seconds:.1f} s, {n_bytes / 1000 / seconds:.2f} kB/s')
+
+
+def with_target(verb, paths):
+    """Return the paths of a verb that writes, the target among them: FILE.mdl, or ARCHIVE without .mdl, by default."""
+    source = paths[1] if verb == 'pack' else paths[0]
+    if verb != 'unpack' and os.path.isdir(source):
+        name = source if os.path.basename(os.path.normpath(source)).strip('.') else os.path.abspath(source)
+        tar = shlex.quote(os.path.normpath(name) + '.tar')
+        raise UserError(f'{source!r} is a folder, expected a file; make one of it: tar -cf {tar} {shlex.quote(source)}')
+    if len(paths) == VERBS[verb][1]:
+        return paths
+    if source == '-':
+        return [*paths, '-']
+    if verb != 'unpack':
+        return [*paths, source + ENDING]
+    name = os.path.basename(source)
+    if not name.endswith(ENDING) or name == ENDING:
+        raise UserError(f'{source!r} does not end in {ENDING}, so name the FILE to write: unpack ARCHIVE FILE')
+    return [*paths, source.removesuffix(ENDING)]
+
+
+def forget_state():
+    """Remove the saved state of what has been written whole."""
+    if state and os.path.exists(state):
+        os.remove(os.path.realpath(state))
+
+
+def make_archive(verb, paths, config, started):
+    """Write the archive of `pack` or `online`, the last of paths, and verify it before it gets its name."""
+    from codec.container import Output
+    *inputs, target = paths
+    others = [tokenizer] if tokenizer else []
+    with Output(target, overwrite, inputs=inputs + others) as out:
+        if verb == 'pack':
+            raw, computed = pack(*inputs, out, say)
+        else:
+            from codec import online
+            raw, computed = online.encode(*inputs, out, config, state)
+        summary(verb, started, len(raw), f'{out.size:,} bytes, {8 * out.size / max(1, len(raw)):.4f} bits per byte '
+                                         f'(code length {computed:,.0f}) for ')
+        if verify:
+            verify_in_fresh_process(out, inputs[-1], raw)
+            summary(verb, started, len(raw), 'verified ')
+        out.commit()
+    if verb == 'online' and raw:
+        forget_state()
+
+
+def unpack(path, target, started):
+    """Write the file that an archive holds."""
+    from codec.container import ONLINE, Output
+    with Output(target, overwrite, at_once=True, inputs=[path]) as out:
+        opened = open_archive(path)
+        for text in decoded(path, opened, 'unpack'):
+            out.write(text)
+        out.commit()
+    if opened[0] == ONLINE and out.size:
+        forget_state()
+    summary('unpack', started, out.size)
 
 
 def main(argv=None):
@@ -346,40 +450,24 @@ def main(argv=None):
             at_least('streams_at_once', streams_at_once, 0), at_least('sample_rows', sample_rows, 1),
             at_least('keep', keep, 0), at_least('weight_bits', weight_bits, 0),
             (0 < block_bytes <= 1 << 24, f'block_bytes = {block_bytes}, expected 1 to {1 << 24}'))
-    from codec.container import Output  # torch is imported only once an archive has passed its checks
+    from codec.container import (  # torch comes once an archive has passed its checks
+        check_state,
+        signals_remove_temporaries,
+    )
     started = time.time()
-
-    def say(text):
-        if progress:
-            print(text, file=sys.stderr)
-
-    def summary(n, before=''):
-        seconds = time.time() - started
-        say(f'{verb}: {before}{n:,} bytes, {seconds:.1f} s, {n / 1000 / seconds:.2f} kB/s')
-
-    if verb in ('pack', 'online'):
-        with Output(paths[-1]) as out:
-            if verb == 'pack':
-                raw, computed = pack(*paths[:2], out, say)
-            else:
-                from codec import online
-                raw, computed = online.encode(paths[0], out, config, state)
-            summary(len(raw), f'{out.size:,} bytes, {8 * out.size / max(1, len(raw)):.4f} bits per byte '
-                              f'(code length {computed:,.0f}) for ')
-            if verify:
-                verify_in_fresh_process(out.tmp, paths[-2], raw)
-                summary(len(raw), 'verified ')
-            out.commit()
-    elif verb == 'unpack':
-        with Output(paths[1], at_once=True) as out:
-            for text in decoded(paths[0], verb):
-                out.write(text)
-            out.commit()
-        summary(out.size)
-    elif verb == 'verify':
-        summary(compare(*paths))
-    else:
-        info(paths[0])
+    if verb in ('pack', 'online', 'unpack'):
+        paths = with_target(verb, paths)
+    if state:
+        check_state(state, paths)
+    with signals_remove_temporaries():
+        if verb in ('pack', 'online'):
+            make_archive(verb, paths, config, started)
+        elif verb == 'unpack':
+            unpack(*paths, started)
+        elif verb == 'verify':
+            summary(verb, started, compare(*paths))
+        else:
+            info(paths[0])
     return 0
 
 

@@ -5,7 +5,7 @@
 A knob is a public lower-case int, float, bool or str assigned a literal at the top level of the script; a script that
 says configure(globals(), fields_of='model.ModelConfig') takes the fields of that dataclass as knobs too. A config file
 is Python, run in a namespace that holds the current values, so `epochs = epochs * 2` works; names that start with `_`
-are private to it. "Off" is '', 0 or -1, as each knob's comment says.
+are private to it. "Off" is '', 0 or -1, as each knob's comment says. -f is short for --overwrite where a script has it.
 """
 import ast
 import difflib
@@ -179,13 +179,40 @@ def run_config_file(path, values, defaults):
     return values
 
 
+def split_paths(argv, count, command):
+    """Return (paths, other arguments) of the arguments that follow a verb.
+
+    count: number of paths, which may have any name; or (fewest, most), where a path beyond the fewest does not start
+    with a dash (- alone is one); or -1, any number of names that are neither flags nor config files. Raises UserError.
+    """
+    if count == -1:
+        paths = [a for a in argv if not a.startswith('--') and not a.endswith('.py')]
+        return paths, [a for a in argv if a not in paths]
+    fewest, most = count if isinstance(count, tuple) else (count, count)
+    if len(argv) < fewest:
+        expected = fewest if fewest == most else f'{fewest} to {most}'
+        raise UserError(f'{command} takes {expected} paths, got {len(argv)}; see python {command.split()[0]} --help')
+
+    # What follows the paths that must be there is one more path, or the first flag or config file.
+    paths = argv[:fewest]
+    rest = argv[fewest:]
+    while rest and len(paths) < most:
+        if rest[0].startswith('-') and rest[0] != '-':
+            break
+        if rest[0].endswith('.py') and os.path.isfile(rest[0]):
+            raise UserError(f'{command}: {rest[0]!r} may be meant as a path or as a config file; '
+                            f'name all {most} paths before a config file, or leave the path out')
+        paths.append(rest.pop(0))
+    return paths, rest
+
+
 def configure(namespace, argv=None, verbs=None, fields_of=''):
     """Set a script's knobs from argv and return them as a dict; with verbs, return (verb, paths, dict).
 
     namespace: globals() of the script. argv: list of str; by default the command line where the script is the program,
-    and nothing where it is imported. verbs: {verb: number of paths}. fields_of: a dataclass whose fields are knobs too,
-    found in the source by knobs_of. Defaults are read from the source, so a second call in one process starts afresh.
-    Raises UserError; --help exits 0.
+    and nothing where it is imported. verbs: {verb: number of paths, or what else split_paths takes}. fields_of: a
+    dataclass whose fields are knobs too, found in the source by knobs_of. Defaults are read from the source, so a
+    second call in one process starts afresh. Raises UserError; --help exits 0.
     """
     if argv is None and namespace.get('__name__', '__main__') != '__main__':
         defaults, _ = knobs_of(namespace['__file__'])
@@ -197,6 +224,7 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
     script = os.path.basename(namespace['__file__'])
     defaults, block = knobs_of(namespace['__file__'])
     values, verb, paths = dict(defaults), '', []
+    has_overwrite = isinstance(defaults.get('overwrite'), bool)
     if any(a in ('--help', '-h') for a in argv) or (verbs and not argv):
         print(namespace['__doc__'] or '')
         print('# knobs, with their defaults\n' + block if block else '')
@@ -207,15 +235,13 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
             close = difflib.get_close_matches(verb, verbs, 1, 0.4)
             hint = f'did you mean {close[0]}? ' if close else ''
             raise UserError(f'{script}: unknown verb {verb!r}; {hint}known: {", ".join(verbs)}')
-        n = verbs[verb]
-        if n < 0:                               # any number of paths: everything that is neither a flag nor a config
-            paths = [a for a in argv if not a.startswith('--') and not a.endswith('.py')]
-            argv = [a for a in argv if a not in paths]
-        else:
-            paths, argv = argv[:n], argv[n:]
-            if len(paths) < n:
-                raise UserError(f'{script} {verb} takes {n} paths, got {len(paths)}; see python {script} --help')
+        f_first = has_overwrite and argv[:1] == ['-f']          # where gzip's and xz's users write it
+        paths, argv = split_paths(argv[1:] if f_first else argv, verbs[verb], f'{script} {verb}')
+        if f_first:
+            argv = ['-f', *argv]
     for arg in argv:
+        if arg == '-f' and has_overwrite:
+            arg = '--overwrite'
         if not arg.startswith('--'):
             if not arg.endswith('.py'):
                 raise UserError(f'{script}: {arg!r} is neither a config file (*.py) nor --key=value')
@@ -237,11 +263,6 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
             raise unknown(name, defaults, 'command line')
     namespace.update(values)
     return (verb, paths, values) if verbs else values
-
-
-def names_in(text):
-    """Return the names of a comma list, as in --dataset=a,b; spaces around them and empty ones do not count."""
-    return [part.strip() for part in text.split(',') if part.strip()]
 
 
 def require(*rules):

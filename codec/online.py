@@ -11,6 +11,7 @@ fixed steps at the archive's shapes) refuses any machine that trains differently
 Shapes: S streams, n symbols per stream, W window, R rows of an update.
 """
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from codec import exact, weights
-from codec.container import CODED, DAMAGED, ONLINE, STORED, Bar, arithmetic_hash, read_input, write_archive
+from codec.container import CODED, DAMAGED, ONLINE, STORED, Bar, Output, arithmetic_hash, read_input, write_archive
 from configurator import UserError, at_least, require
 from corpus.bins import NEWLINE, key_of, mix64
 from model import ModelConfig, build
@@ -211,7 +212,7 @@ class Session:
             saved = torch.load(self.state_path, weights_only=True)
             fits = saved['key'] == self.key
         except Exception as e:
-            raise UserError(f'{self.state_path} is not a saved state ({type(e).__name__}); delete it') from None
+            raise UserError(f'{self.state_path} is not a saved state ({type(e).__name__}); name another file') from None
         if not fits:
             raise UserError(f'{self.state_path} belongs to another file or other settings; delete it or name another')
         self.learner.restore(saved['learner'])
@@ -225,11 +226,16 @@ class Session:
         blocks = [(form, n, *(torch.tensor([*b], dtype=torch.uint8) for b in both)) for form, n, *both in self.blocks]
         state = dict(key=self.key, learner=self.learner.state(), history=torch.from_numpy(self.history), blocks=blocks,
                      done=self.done, bits=self.bits, n_models=self.n_models)
-        torch.save(state, f'{self.state_path}.tmp')
-        os.replace(f'{self.state_path}.tmp', self.state_path)
+
+        # Made in memory first: torch's writer does not look whether a file took all that it was given.
+        data = io.BytesIO()
+        torch.save(state, data)
+        with Output(self.state_path, overwrite=True) as out:
+            out.write(data.getbuffer())
+            out.commit()
 
     def run(self):
-        """Code and learn to the end, segment by segment; the state file is then of no more use."""
+        """Code and learn to the end, segment by segment; the state stays until the caller has written what came out."""
         while self.done < self.steps:
             self.first, self.stop = self.done, min(self.steps, self.done + max(1, SEGMENT_SYMBOLS // self.S))
             self.begin()
@@ -244,8 +250,6 @@ class Session:
             cut = self.active if self.stop == self.steps else self.S
             self.finish(inside[:cut].tobytes() + inside[cut:, :-1].tobytes())
             self.save()
-        if self.state_path and os.path.exists(self.state_path):
-            os.remove(self.state_path)
 
     def model(self, stop):
         """Return the integer model that codes a block up to step `stop`, and the first input of its window."""

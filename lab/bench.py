@@ -389,13 +389,13 @@ def bench_codec(env, checkpoint, path):
     def pack(name, *flags):
         compress.configure(vars(compress), ['pack', checkpoint, path, name, f'--weight_bits={weight_bits}', *flags],
                            verbs=compress.VERBS)
-        with container.Output(name) as out:
+        with container.Output(name, overwrite=True) as out:
             _, computed = compress.pack(checkpoint, path, out, lambda text: None)
             out.commit()
         return container.read_input(name), computed
 
     def unpack(n):
-        compress.main(['unpack', one, made, f'--threads={n}', '--no-progress'])
+        compress.main(['unpack', one, made, '-f', f'--threads={n}', '--no-progress'])
         if container.read_input(made) != raw:
             raise UserError(f'the archive decodes to other bytes with {n} threads')
 

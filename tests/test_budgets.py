@@ -8,7 +8,8 @@ import tokenize
 import pytest
 from conftest import ROOT
 
-BUDGETS = {'train.py': 500, 'model.py': 450}            # raising one is a visible decision in a commit
+# Raising one is a visible decision in a commit. archive.py and compress.py hold what keeps a user's files whole.
+BUDGETS = {'train.py': 500, 'model.py': 450, 'archive.py': 370, 'compress.py': 390}
 BUDGET = 350
 COLUMNS = 120
 SCRIPTS = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, '*.py')))

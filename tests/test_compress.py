@@ -178,7 +178,7 @@ def test_fewest_bytes_in_all(folder):
     """weight_bits = 0 chooses steps with which weights + data are smaller than with any fixed number of bits."""
     assert pack(folder, 'text', 'best', '--streams=25') == 0
     for bits in (2, 4, 8):
-        assert pack(folder, 'text', 'fixed', '--streams=25', f'--weight_bits={bits}') == 0
+        assert pack(folder, 'text', 'fixed', '-f', '--streams=25', f'--weight_bits={bits}') == 0
         assert (folder / 'best').stat().st_size <= 1.01 * (folder / 'fixed').stat().st_size
 
 
@@ -260,9 +260,9 @@ def test_golden_archive(tmp_path):
     assert unpack(tmp_path / 'golden', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
 
 
-def test_info_and_verify(folder, capsys):
+def test_info_and_verify(folder, capfd):
     assert compress.main(['info', str(folder / 'archive')]) == 0
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert 'two-part' in shown and 'per non-zero' in shown and 'bits per byte' in shown
     assert compress.main(['verify', str(folder / 'archive'), str(folder / 'text'), QUIET]) == 0
     (folder / 'other').write_bytes(make_text(6000)[:-1] + b'!')
@@ -377,7 +377,7 @@ def test_online_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(online, 'SEGMENT_SYMBOLS', 1000)
     text = make_text(4500)
     (tmp_path / 'text').write_bytes(text)
-    make = ['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '--no-verify', *ONLINE]
+    make = ['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '-f', '--no-verify', *ONLINE]
     assert compress.main(make) == 0
     whole, saved = (tmp_path / 'arc').read_bytes(), f'--state={tmp_path / "state"}'
     save = online.Session.save

@@ -134,6 +134,41 @@ def test_verbs_take_paths_of_any_name(script):
         configure(script, ['pack', 'a'], verbs=dict(pack=2))
 
 
+def test_a_verb_may_have_an_optional_path(script, tmp_path):
+    """(fewest, most): what follows the fewest is a path unless it looks like a flag; - alone is a path."""
+    verbs = dict(unpack=(1, 2))
+    missing = str(tmp_path / 'no.py')
+    for argv, paths in ((['a'], ['a']), (['a', '--seed=2'], ['a']), (['a', 'b', '--seed=2'], ['a', 'b']),
+                        (['a', '-'], ['a', '-']), (['--a', 'b'], ['--a', 'b']), (['a', missing], ['a', missing])):
+        assert configure(script, ['unpack', *argv], verbs=verbs)[1] == paths
+    with pytest.raises(UserError, match="'-b' is neither"):
+        configure(script, ['unpack', 'a', '-b'], verbs=verbs)
+    with pytest.raises(UserError, match='unpack takes 1 to 2 paths, got 0; see python script.py --help'):
+        configure(script, ['unpack'], verbs=verbs)
+
+
+def test_an_existing_config_is_no_optional_path(script, tmp_path):
+    """A config file in the place of a path to write would be overwritten, a path taken for a config would be run."""
+    path = config(tmp_path, 'seed = 3\n')
+    with pytest.raises(UserError, match='may be meant as a path or as a config file; name all 2 paths'):
+        configure(script, ['unpack', 'a', path], verbs=dict(unpack=(1, 2)))
+    assert configure(script, ['unpack', 'a', 'b', path], verbs=dict(unpack=(1, 2)))[2]['seed'] == 3
+    assert configure(script, ['unpack', path], verbs=dict(unpack=(1, 2)))[1] == [path]
+
+
+def test_f_is_short_for_overwrite(script, tmp_path):
+    """gzip's and xz's habit, in any place; a script without the knob does not know it."""
+    with pytest.raises(UserError, match="'-f' is neither"):
+        configure(script, ['-f'])
+    path = tmp_path / 'other.py'
+    path.write_text('overwrite = False\nseed = 1\n')
+    other = dict(__file__=str(path), __doc__='')
+    assert configure(other, ['-f'])['overwrite'] is True and configure(other, [])['overwrite'] is False
+    for argv in (['go', '-f', 'a', 'b'], ['go', 'a', '-f'], ['go', 'a', 'b', '-f', '--seed=2']):
+        _, paths, values = configure(other, argv, verbs=dict(go=(1, 2)))
+        assert values['overwrite'] is True and paths == [a for a in argv if a in ('a', 'b')]
+
+
 def test_require_collects_all_problems():
     """One run must show every wrong value, not the first of them."""
     with pytest.raises(UserError) as e:
