@@ -21,7 +21,7 @@ CHUNK = 1 << 20
 CHECKSUMS = 'checksums.json'
 METADATA = '.metadata'
 
-# The classes in .metadata of folders that two and four ranks wrote, with the torch that requirements.txt names.
+# The classes in .metadata of folders that two to four ranks wrote, with the torch that requirements.txt names.
 ADMITTED = {
     'torch': ('Size',),
     'torch.serialization': ('_get_layout',),
