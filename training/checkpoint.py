@@ -1,9 +1,10 @@
 """Checkpoints: one file, or a folder that ranks write together; saved whole or not at all, loaded without running code.
 
-Imported by runs.py, under whose name scripts use this. Hugging Face folders and hub ids are read through gpt2.py.
+Hugging Face folders and hub ids are read through training/huggingface.py.
 """
 import os
 import platform
+import re
 import shutil
 import subprocess
 
@@ -11,6 +12,7 @@ from configurator import UserError, knobs_of, require
 from corpus.bins import sha256_file
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
+CHECKPOINT_NAME = re.compile(r'(ckpt|best)\.(pt|sharded)(\.\d+)?')
 
 
 def commit_id():
@@ -83,14 +85,23 @@ def newest_checkpoint(folder):
     return max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
 
 
+def others_beside(path):
+    """Name the other checkpoints in the folder of a damaged one, for its message; '' where there are none."""
+    path = os.path.normpath(path)
+    folder = os.path.dirname(path)
+    names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    others = [os.path.join(folder, name) for name in sorted(names) if CHECKPOINT_NAME.fullmatch(name)]
+    others = [other for other in others if other != path]
+    return f' ({", ".join(others)})' if others else ''
+
+
 def load_checkpoint(path, device='cpu'):
-    """Load a checkpoint (file, sharded folder, or a run folder's) with weights_only; a cut one is a UserError.
+    """Load a checkpoint (file, sharded folder, or a run folder's) without running code; a damaged one is a UserError.
 
     Hugging Face folders, and hub ids, which is what names nothing here, come as huggingface.load makes them.
     """
-    import torch
-
     from training import huggingface
+    from training.untrusted import load_zip
     path = os.fspath(path)
     if huggingface.is_named_by(path):
         return huggingface.load(path)
@@ -105,10 +116,11 @@ def load_checkpoint(path, device='cpu'):
             from training.parallel import load_sharded
             checkpoint = load_sharded(path)
         else:
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = load_zip(path, device)
     except Exception as e:
-        raise UserError(f'{path} is cut short or not a checkpoint ({(str(e) or repr(e)).splitlines()[0][:90]});'
-                        ' use an older one or train again') from None
+        reason = (str(e) or repr(e)).splitlines()[0][:90]
+        raise UserError(f'{path} is damaged, cut short or not a checkpoint ({reason}); use an older one'
+                        f'{others_beside(path)} or train again') from None
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT:
         newer = isinstance(found, str) and found.startswith('nanomdl-ckpt-')
