@@ -823,7 +823,8 @@ def compare(path, names, repo, inputs, fresh, changed):
         if found:
             verdict = f'{len(found)} of {len(golden["cases"][name])} facts differ, {len(faults)} of them unannounced'
         print(f'{name}: {verdict}{f" ({mark})" if mark and found else ""}, {seconds:.1f} s', flush=True)
-        for key, words in list((faults or found).items())[:8]:
+        shown = sorted((faults or found).items(), key=lambda item: 'loss_nats' not in item[0])
+        for key, words in shown[:8]:
             print(f'    {key}: {words}', flush=True)
         if faults:
             faulty.append(name)
