@@ -34,31 +34,35 @@ ACTIVATIONS = {
 }
 
 
+BYTES = 256                             # the vocabulary of byte data
+
+
 @dataclass
 class ModelConfig:
     block_size: int = 2048
-    vocab_size: int = 256
+    vocab_size: int = BYTES             # what the data say: no knob
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 64
-    positions: str = 'sinusoidal'
-    norm: str = 'layernorm'
-    activation: str = 'gelu'
-    tied: bool = False
+    positions: str = 'sinusoidal'       # 'sinusoidal', 'learned', 'rotary', 'none'
+    norm: str = 'layernorm'             # 'layernorm', 'rmsnorm'
+    activation: str = 'gelu'            # 'gelu', 'gelu_tanh', 'relu2'
+    tied: bool = False                  # head shares the token embedding
     bias: bool = True
     qk_norm: bool = False
     dropout: float = 0.0
     # what follows is in a checkpoint's model_args only where it differs from this
-    block_type: str = 'attention'
-    kernel: int = 1
-    expansion: int = 0
+    block_type: str = 'attention'       # 'attention', 'mixer' (one matrix over the tokens), 'multihead_mixer' (n_head)
+    kernel: int = 1                     # mixers: width over the features, odd
+    expansion: int = 0                  # mixers: hidden values per position and feature; 0 = one mixing, not two
     final_norm: bool = True
-    wrapper: str = ''
-    n_layer_encoder: int = 0
-    bottleneck: int = 0
-    spread: str = 'repeat'
-    memory: str = 'token'
-    chunk_size: int = 0
+    # an encoder before the decoder
+    wrapper: str = ''                   # '' = none, 'autoencoder', 'oracle', 'memory' (of earlier chunks)
+    n_layer_encoder: int = 0            # 0 = as n_layer
+    bottleneck: int = 0                 # numbers in the encoder's vector; 0 = n_embd
+    spread: str = 'repeat'              # autoencoder: 'repeat' or 'unroll' the vector over the positions
+    memory: str = 'token'               # oracle: 'token', 'add', 'concat'; 'none' = control without encoder
+    chunk_size: int = 0                 # memory: tokens of a chunk
 
     def __post_init__(self):
         sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'kernel')

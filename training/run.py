@@ -14,10 +14,12 @@
 
 Rank 0 alone writes. A checkpoint holds the counters; wall-clock time is counted over all resumptions.
 """
+import contextlib
 import math
 import os
 import sys
 import time
+from typing import NamedTuple
 
 from configurator import UserError, require
 from training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -27,8 +29,16 @@ from training.process import PAUSED
 from training.step import MAX_SKIPPED
 
 
+class Mean(NamedTuple):
+    """Numbers of some steps: loss in nats per token, tokens per second, and means of all sums that were given."""
+    loss: float
+    bits_per_byte: float
+    speed: float
+    of_sums: list
+
+
 class Window:
-    """Mean numbers and speed since the last line of log.txt; time spent elsewhere can be taken out."""
+    """Sums since the last line of log.txt."""
 
     def __init__(self):
         self.started = time.monotonic()
@@ -39,14 +49,10 @@ class Window:
         self.tokens += n_tokens
         self.sums = sums if self.sums is None else [a + b for a, b in zip(self.sums, sums)]
 
-    def leave_out(self, seconds):
-        self.started += seconds
-
-    def means(self):
-        return [s / self.tokens for s in self.sums]
-
-    def speed(self):
-        return self.tokens / max(time.monotonic() - self.started, 1e-9)
+    def mean(self, bytes_per_token):
+        means = [s / self.tokens for s in self.sums]
+        speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
+        return Mean(means[0], means[0] / LN2 / bytes_per_token, speed, means)
 
 
 class Run:
@@ -165,15 +171,20 @@ class Run:
         if self.env.main and self.step % self.log_every == 0:
             self.loss_csv.writerow((*values, f"{self.counters['step_seconds']:.3f}"))
 
-    def log_means(self, line, phase, bytes_per_token, **numbers):
-        """Write what the steps since the last such line were like; line(means, bits per byte, speed) words it."""
-        means = self.window.means()
-        speed = self.window.speed()
-        bits_per_byte = means[0] / LN2 / bytes_per_token
-        self.bar.set_postfix_str(f'{bits_per_byte:.3f} bits/byte, {speed:,.0f} tokens/s')
-        self.note(line(means, bits_per_byte, speed), train_loss=means[0], train_bits_per_byte=bits_per_byte, **numbers)
-        self.record.update(step=self.step, train_loss=means[0], phase=phase, train_tokens_per_second=round(speed))
+    def mean(self, phase, bytes_per_token):
+        """Return the Mean since the last call, show it on the bar and in run.json, and begin anew."""
+        mean = self.window.mean(bytes_per_token)
         self.window = Window()
+        self.bar.set_postfix_str(f'{mean.bits_per_byte:.3f} bits/byte, {mean.speed:,.0f} tokens/s')
+        self.record.update(step=self.step, train_loss=mean.loss, phase=phase, train_tokens_per_second=round(mean.speed))
+        return mean
+
+    @contextlib.contextmanager
+    def apart(self):
+        """Leave what is done inside, prunings and validations, out of the speed of training."""
+        started = time.monotonic()
+        yield
+        self.window.started += time.monotonic() - started
 
     # --- saving, pausing, finishing ---
 
@@ -182,6 +193,10 @@ class Run:
         now = time.monotonic()
         self.counters['train_seconds'] += now - self.lap_started
         self.lap_started = now
+
+    def facts(self, **more):
+        """Return what a checkpoint says of the run it is of: knobs, data, parent."""
+        return dict(config=self.config, data=self.record.values['data'], parent=self.record.values['parent'], **more)
 
     def save(self, checkpoint, name='ckpt.pt', keep_last=1):
         """Write a checkpoint with the counters; one whose name ends in .sharded is written by all ranks together.
