@@ -28,8 +28,9 @@ from tqdm import tqdm
 from configurator import UserError, at_least, configure, one_of, require, run
 from corpus import metadata
 from corpus.bins import finish, intact, key_of, may_write, print_splits, write_json
+from corpus.cutter import Cutter
 from corpus.documents import chunks_of, file_kind, hub_splits, local_files, records_of
-from corpus.rows import Cutter, RowWriter
+from corpus.rows import RowWriter
 from corpus.tokens import load_tokenizer, tokenizer_meta
 
 name = ''                       # data set to make, data/NAME

@@ -8,6 +8,7 @@ not change what a global batch holds.
 """
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -26,14 +27,17 @@ NEWLINE = 10                                    # start id of byte data: what st
 
 def sha256_file(path, limit=-1):
     """Return the hex SHA-256 of a file, or of its first limit bytes."""
-    return _hash_into(hashlib.sha256(), path, limit).hexdigest()
+    return _hash_of(path, limit).hexdigest()
 
 
-def _hash_into(sha, path, limit):
+def _hash_of(path, limit=-1):
+    """Return the hash object of a file's first limit bytes (-1: all), to which more bytes can be added."""
+    sha = hashlib.sha256()
+    left = math.inf if limit < 0 else limit
     with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20 if limit < 0 else min(1 << 20, limit)):
+        while chunk := f.read(min(1 << 20, left)):
             sha.update(chunk)
-            limit -= len(chunk) if limit >= 0 else 0
+            left -= len(chunk)
     return sha
 
 
@@ -46,40 +50,58 @@ class BinWriter:
     def __init__(self, folder, split, dtype='uint8', resume_bytes=0, resume_documents=0):
         os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, f'{split}.bin')
-        self.split, self.dtype = split, np.dtype(dtype).newbyteorder('<')
+        self.index_path = os.path.join(folder, f'{split}.index.bin')
+        self.split = split
+        self.dtype = np.dtype(dtype).newbyteorder('<')
         self.tmp = self.path + '.tmp'
-        self.text_bytes = self.documents = self.words = 0              # words: counted by who writes ids, see words_in
-        if resume_bytes:
-            if not os.path.exists(self.tmp) or os.path.getsize(self.tmp) < resume_bytes:
-                raise UserError(f'{self.tmp} is shorter than the saved state says ({resume_bytes} bytes);'
-                                ' delete it and start again')
-            os.truncate(self.tmp, resume_bytes)
-        self.sha = _hash_into(hashlib.sha256(), self.tmp, resume_bytes) if resume_bytes else hashlib.sha256()
+        self.text_bytes = 0
+        self.documents = 0
+        self.words = 0                                  # counted by who writes ids, see words_in
         self.n_bytes = resume_bytes
-        self.file, self.index = open(self.tmp, 'ab' if resume_bytes else 'wb'), None
+        if resume_bytes:
+            self._cut_back(resume_bytes)
+            self.sha = _hash_of(self.tmp, resume_bytes)
+            self.file = open(self.tmp, 'ab')
+        else:
+            self.sha = hashlib.sha256()
+            self.file = open(self.tmp, 'wb')
+        self.index = None
         if resume_documents:
-            self.index = open(self.path.removesuffix('.bin') + '.index.bin.tmp', 'ab')
+            self.index = open(self.index_path + '.tmp', 'ab')
             self.index.truncate(8 * resume_documents)
+
+    def _cut_back(self, n_bytes):
+        """Leave of the temporary file what was there when its state was saved."""
+        if not os.path.exists(self.tmp) or os.path.getsize(self.tmp) < n_bytes:
+            raise UserError(f'{self.tmp} is shorter than the saved state says ({n_bytes} bytes);'
+                            ' delete it and start again')
+        os.truncate(self.tmp, n_bytes)
 
     def write(self, tokens, text_bytes=None, documents=1):
         """Append bytes (byte data) or an array of ids; text_bytes is the length of the text they stand for."""
-        is_text = isinstance(tokens, (bytes, bytearray, memoryview))
         if text_bytes is None and self.dtype.itemsize > 1:
             raise TypeError('ids of more than one byte need text_bytes')
-        ids = np.zeros(0) if is_text else np.asarray(tokens)
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= np.iinfo(self.dtype).max:
-            raise UserError(f'{self.path}: ids {ids.min()} to {ids.max()} do not fit {self.dtype.name};'
-                            ' use a wider dtype')
-        raw = bytes(tokens) if is_text else ids.astype(self.dtype).tobytes()
+        if isinstance(tokens, (bytes, bytearray, memoryview)):
+            raw = bytes(tokens)
+        else:
+            raw = self._raw(np.asarray(tokens))
         self.file.write(raw)
         self.sha.update(raw)
         self.n_bytes += len(raw)
         self.text_bytes += len(raw) if text_bytes is None else text_bytes
         self.documents += documents
 
+    def _raw(self, ids):
+        """Return ids as they stand in the file; refuse those that would wrap around."""
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= np.iinfo(self.dtype).max:
+            raise UserError(f'{self.path}: ids {ids.min()} to {ids.max()} do not fit {self.dtype.name};'
+                            ' use a wider dtype')
+        return ids.astype(self.dtype).tobytes()
+
     def begin_document(self):
         """Count a document and note in {split}.index.bin that its first token comes next; for all or for none."""
-        self.index = self.index or open(self.path.removesuffix('.bin') + '.index.bin.tmp', 'wb')
+        if self.index is None:
+            self.index = open(self.index_path + '.tmp', 'wb')
         self.index.write(self.tokens.to_bytes(8, 'little'))
         self.documents += 1
 
@@ -87,9 +109,12 @@ class BinWriter:
     def tokens(self):
         return self.n_bytes // self.dtype.itemsize
 
+    def _files(self):
+        return [file for file in (self.file, self.index) if file]
+
     def flush(self):
         """Push everything to disk, so that n_bytes and documents may be recorded as a place to resume from."""
-        for file in filter(None, (self.file, self.index)):
+        for file in self._files():
             file.flush()
             os.fsync(file.fileno())
 
@@ -98,17 +123,19 @@ class BinWriter:
         self.flush()
         self.file.close()
         os.replace(self.tmp, self.path)
-        more = dict(words=self.words) if self.words else {}
-        if self.index:
-            self.index.close()
-            os.replace(self.index.name, self.index.name.removesuffix('.tmp'))
-            more['index'] = os.path.basename(self.index.name.removesuffix('.tmp'))
         entry = dict(file=os.path.basename(self.path), tokens=self.tokens, text_bytes=self.text_bytes,
                      documents=self.documents, sha256=self.sha.hexdigest())
-        return dict(entry, **more)
+        if self.words:
+            entry['words'] = self.words
+        if self.index:
+            self.index.close()
+            os.replace(self.index.name, self.index_path)
+            entry['index'] = os.path.basename(self.index_path)
+        return entry
 
     def abort(self):
-        for file in filter(None, (self.file, self.index)):
+        """Leave no file behind."""
+        for file in self._files():
             file.close()
             if os.path.exists(file.name):
                 os.remove(file.name)
@@ -126,17 +153,19 @@ def write_json(path, value):
 def write_meta(folder, script, argv, splits, source, dtype='uint8', vocab_size=256, start_id=NEWLINE, tokenizer=None,
                **more):
     """Write meta.json, last of all: a folder without it is not a data set."""
-    write_json(os.path.join(folder, 'meta.json'), dict(
-        format=FORMAT, dtype=dtype, vocab_size=vocab_size, start_id=start_id,
-        tokenizer=tokenizer or dict(name='byte', sha256=''), source=source, splits=splits,
-        made_by=dict(script=script, argv=list(argv)), **more))
+    made_by = dict(script=script, argv=list(argv))
+    meta = dict(format=FORMAT, dtype=dtype, vocab_size=vocab_size, start_id=start_id,
+                tokenizer=tokenizer or dict(name='byte', sha256=''), source=source, splits=splits, made_by=made_by)
+    write_json(os.path.join(folder, 'meta.json'), dict(meta, **more))
 
 
 # --- reading ---
 
 def dataset_folder(data_dir, dataset):
     """data/NAME, or NAME itself where that is a folder with a meta.json."""
-    return dataset if os.path.exists(os.path.join(dataset, 'meta.json')) else os.path.join(data_dir, dataset)
+    if os.path.exists(os.path.join(dataset, 'meta.json')):
+        return dataset
+    return os.path.join(data_dir, dataset)
 
 
 def read_meta(data_dir, dataset):
@@ -396,7 +425,8 @@ def mix64(x):
 
 def key_of(*numbers):
     """Hash integers into one 64-bit key, the same on every machine and Python."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), 'little')
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little')
 
 
 def permute(i, n, key):
@@ -405,14 +435,18 @@ def permute(i, n, key):
     Four Feistel rounds on the smallest even-width binary domain that holds n, walked until the value falls below n
     (Black & Rogaway 2002), so an epoch over 10^7 blocks needs no table.
     """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low, shift = _U64((1 << half) - 1), _U64(half)
+    n_bits = max(n - 1, 1).bit_length()
+    half = max(1, (n_bits + 1) // 2)
+    low = _U64((1 << half) - 1)
+    shift = _U64(half)
     x = np.asarray(i).astype(_U64)
     todo = np.ones(x.shape, bool)
     while todo.any():
-        left, right = x[todo] >> shift, x[todo] & low
+        left = x[todo] >> shift
+        right = x[todo] & low
         for r in range(4):
-            left, right = right, left ^ (mix64(right + _U64(key_of(key, r))) & low)
+            mixed = mix64(right + _U64(key_of(key, r))) & low
+            left, right = right, left ^ mixed           # a Feistel round: the halves change places
         x[todo] = left << shift | right
         todo = x >= n
     return x.astype(np.int64)
@@ -432,11 +466,17 @@ def batch_starts(order, seed, epoch, batch, batch_size, n_tokens, block_size):
     if order == 'random':
         with np.errstate(over='ignore'):
             draws = mix64(i.astype(_U64) + _U64(key_of(seed, epoch)))
-        return (draws % _U64(max(1, n_tokens - block_size + 1))).astype(np.int64)
+        n_places = max(1, n_tokens - block_size + 1)
+        return (draws % _U64(n_places)).astype(np.int64)
+
+    # The i-th block of the epoch; past the last one come padding rows.
     n = n_blocks(n_tokens, block_size)
-    starts = np.full(batch_size, -1, np.int64)
     inside = i < n
-    starts[inside] = (i[inside] if order == 'sequential' else permute(i[inside], n, key_of(seed, epoch))) * block_size
+    blocks = i[inside]
+    if order == 'permuted':
+        blocks = permute(blocks, n, key_of(seed, epoch))
+    starts = np.full(batch_size, -1, np.int64)
+    starts[inside] = blocks * block_size
     return starts
 
 
@@ -445,7 +485,8 @@ def batch_starts(order, seed, epoch, batch, batch_size, n_tokens, block_size):
 def may_write(folder, script, argv, overwrite):
     """Return argv without --overwrite, as meta.json records it; refuse a data set that another command made."""
     path = os.path.join(folder, 'meta.json')
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     argv = [a for a in argv if not a.replace('-', '_').startswith('__overwrite')]
     if os.path.exists(path) and not overwrite:
         made_by = read_meta('', folder)['made_by']
@@ -461,8 +502,11 @@ def intact(folder):
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         return None
     meta = read_meta('', folder)
-    files = [(os.path.join(folder, entry['file']), entry['sha256']) for entry in meta['splits'].values()]
-    return meta if all(os.path.exists(path) and sha256_file(path) == sha for path, sha in files) else None
+    for entry in meta['splits'].values():
+        path = os.path.join(folder, plain_name(entry['file'], folder))
+        if not os.path.exists(path) or sha256_file(path) != entry['sha256']:
+            return None
+    return meta
 
 
 def finish(folder, script, argv, writers, source, extras=None, **meta):
@@ -470,12 +514,13 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
 
     An older meta.json goes first: until the new one stands the folder is no data set, whatever it holds.
     """
-    path, old = os.path.join(folder, 'meta.json'), {}
+    path = os.path.join(folder, 'meta.json')
+    old_files = set()
     if os.path.exists(path):
-        old = read_meta('', folder)['splits']
+        old_files = files_of(read_meta('', folder)['splits'], folder)
         os.remove(path)
     splits = {split: writer.commit() for split, writer in writers.items()}
-    for stale in files_of(old) - files_of(splits):
+    for stale in old_files - files_of(splits, folder):
         os.remove(os.path.join(folder, stale))
     for file, content in (extras or {}).items():
         with open(os.path.join(folder, file), 'wb') as f:
@@ -484,9 +529,14 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
     print_splits(folder, splits)
 
 
-def files_of(splits):
-    """Return the names of all files of splits, as meta.json lists them."""
-    return {entry[kind] for entry in splits.values() for kind in ('file', 'index', 'mask') if kind in entry}
+def files_of(splits, folder):
+    """Return the names of all files of splits, as the meta.json of a folder lists them."""
+    names = set()
+    for entry in splits.values():
+        for kind in ('file', 'index', 'mask'):
+            if kind in entry:
+                names.add(plain_name(entry[kind], folder))
+    return names
 
 
 def print_splits(folder, splits):

@@ -2,19 +2,26 @@
 
 {split}.bin holds rows of T ids, {split}.mask.bin a byte for each: 0 padding, 1 text, 2 prefix (seen, never scored; in
 paired sets also the text that only one side can score), 3 in-line markup. A row predicts its own tokens, the first from
-the start id. A document is cut into pieces, each behind the document's prefix, the last one padded. Padding to the left
-of the text (control = 'samecontext') is hidden from attention. {split}.index.bin says where documents start.
-Text and markup never share a token: rendered strings are tokenised piece by piece.
+the start id. Padding to the left of the text (control = 'samecontext') is hidden from attention. {split}.index.bin
+says where documents start. How documents with metadata are cut into rows stands in cutter.py.
 """
-import functools
 import os
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from configurator import UserError, require
-from corpus.bins import Bin, BinWriter, bytes_of, how_to_make, map_file, pieces_of, plain_name, sha256_file
-from corpus.metadata import CLOSE, prefix_of, segments_of
+from corpus.bins import (
+    NEWLINE,
+    Bin,
+    BinWriter,
+    bytes_of,
+    how_to_make,
+    map_file,
+    pieces_of,
+    plain_name,
+    sha256_file,
+)
 
 PAD, TEXT, PREFIX, MARKUP = range(4)
 KIND_NAMES = {'text': TEXT, 'markup': MARKUP}           # as meta.json counts them
@@ -114,12 +121,15 @@ class RowWriter:
     """Write the rows of one split and their mask, as bins.BinWriter does; state resumes what an earlier one left."""
 
     def __init__(self, folder, split, dtype, byte_lengths=None, state=None):
-        state = state or dict(n_bytes=0, n_mask=0, documents=0, text_bytes=0, scored=dict(text=0, markup=0),
-                              scored_bytes=dict(text=0, markup=0))
+        if state is None:
+            nothing = dict(text=0, markup=0)
+            state = dict(n_bytes=0, n_mask=0, documents=0, text_bytes=0, scored=nothing, scored_bytes=nothing)
         self.ids = BinWriter(folder, split, dtype, state['n_bytes'], state['documents'])
+        self.ids.documents = state['documents']
         self.masks = BinWriter(folder, f'{split}.mask', 'uint8', state['n_mask'])
-        self.ids.documents, self.byte_lengths = state['documents'], byte_lengths
-        self.scored, self.scored_bytes = dict(state['scored']), dict(state['scored_bytes'])
+        self.byte_lengths = byte_lengths
+        self.scored = dict(state['scored'])
+        self.scored_bytes = dict(state['scored_bytes'])
 
     def state(self):
         """Push everything to disk and return what resumes from here."""
@@ -129,24 +139,26 @@ class RowWriter:
                     text_bytes=self.scored_bytes['text'], scored=self.scored, scored_bytes=self.scored_bytes)
 
     def write(self, ids, mask, begins=True):
-        """Append rows (n, T) of one document."""
+        """Append rows of one document: ids and mask, two (n, T) arrays; begins: they are its first."""
         if begins:
             self.ids.begin_document()
         self.ids.write(ids.ravel(), text_bytes=0, documents=0)
         self.masks.write(mask.astype(np.uint8).tobytes(), documents=0)
-        for name, kind in dict(text=TEXT, markup=MARKUP).items():
+        for name, kind in KIND_NAMES.items():
             of_kind = ids[mask == kind]
             self.scored[name] += len(of_kind)
-            self.scored_bytes[name] += len(of_kind) if self.byte_lengths is None else int(
-                self.byte_lengths[of_kind].sum())
+            self.scored_bytes[name] += bytes_of(of_kind, self.byte_lengths)
 
     def commit(self):
+        """Give both files their final names and return the split's entry for meta.json."""
         self.ids.text_bytes = self.scored_bytes['text']
-        entry, mask = self.ids.commit(), self.masks.commit()
+        entry = self.ids.commit()
+        mask = self.masks.commit()
         return dict(entry, mask=mask['file'], mask_sha256=mask['sha256'], scored=self.scored,
                     scored_bytes=self.scored_bytes)
 
     def abort(self):
+        """Leave no file behind."""
         self.ids.abort()
         self.masks.abort()
 
@@ -154,158 +166,54 @@ class RowWriter:
 class DocumentRowWriter(RowWriter):
     """Take documents as bins.BinWriter does and write each as rows of its own; tok: of tokens.py, None for bytes.
 
-    The last row of a document is padded on the right; truncate leaves out all rows but the first. One row is held back.
+    The last row of a document is padded on the right; truncate leaves out all rows but the first. Less than a row is
+    held back, until the document goes on or ends.
     """
 
     def __init__(self, folder, split, dtype, tok, length, truncate=False):
         super().__init__(folder, split, dtype, None if tok is None else tok.byte_lengths)
-        self.pad, self.length, self.truncate = 10 if tok is None else tok.end, length, truncate
-        self.waiting, self.begins, self.words = np.zeros(0, np.uint32), False, 0
+        self.pad = NEWLINE if tok is None else tok.end
+        self.length = length
+        self.truncate = truncate
+        self.waiting = np.zeros(0, np.uint32)                   # the held back ids
+        self.begins = False                                     # no row of this document is written yet
+        self.words = 0
 
     @property
     def n_bytes(self):
         return self.ids.n_bytes + len(self.waiting)             # more than none as soon as there is a token
 
     def begin_document(self):
-        self._pad()
+        self._end_document()
         self.begins = True
 
     def write(self, tokens, text_bytes=None, documents=0):
         """Append a part of the document that begin_document opened; text_bytes is counted by what is written."""
         ids = np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes) else np.asarray(tokens)
-        self.waiting = np.concatenate((self.waiting, ids.astype(np.uint32)))
-        n = len(self.waiting) // self.length * self.length
-        self._put(self.waiting[:n].reshape(-1, self.length), self.length)
-        self.waiting = self.waiting[n:]
+        ids = np.concatenate((self.waiting, ids.astype(np.uint32)))
+        n_whole = len(ids) // self.length * self.length
+        self._put(ids[:n_whole].reshape(-1, self.length), self.length)
+        self.waiting = ids[n_whole:]
 
-    def _put(self, ids, n_text):
-        """Write rows, of which the first n_text columns are text."""
-        kept = ids[:int(self.begins)] if self.truncate else ids
-        if len(kept):
-            mask = np.where(np.arange(self.length) < n_text, TEXT, PAD)
-            super().write(kept, np.tile(mask, (len(kept), 1)), self.begins)
-            self.begins = False
+    def _put(self, rows, n_text):
+        """Write rows (n, T), of which the first n_text columns are text."""
+        if self.truncate:
+            rows = rows[:1] if self.begins else rows[:0]
+        if len(rows) == 0:
+            return
+        mask = np.where(np.arange(self.length) < n_text, TEXT, PAD)
+        super().write(rows, np.tile(mask, (len(rows), 1)), self.begins)
+        self.begins = False
 
-    def _pad(self):
+    def _end_document(self):
         """Fill up the last row of the document and write it."""
-        if n := len(self.waiting):
-            self._put(np.pad(self.waiting, (0, self.length - n), constant_values=self.pad)[None], n)
-            self.waiting = self.waiting[:0]
+        n_text = len(self.waiting)
+        if n_text == 0:
+            return
+        row = np.pad(self.waiting, (0, self.length - n_text), constant_values=self.pad)
+        self._put(row[None], n_text)
+        self.waiting = self.waiting[:0]
 
     def commit(self):
-        self._pad()
+        self._end_document()
         return super().commit()
-
-
-# --- documents to rows ---
-
-class Cutter:
-    """Turn documents into rows of `length` tokens; tok: a tokenizer of tokens.py, None for bytes."""
-
-    def __init__(self, tok, length, control=''):
-        self.tok, self.length, self.control = tok, length, control
-        self.byte_lengths = None if tok is None else tok.byte_lengths
-        self.pad = 10 if tok is None else tok.end
-        self.markup = functools.lru_cache(1 << 16)(lambda text: self.encode([text])[0])     # tags come again and again
-        self.close = self.encode([CLOSE])[0]
-        require((length // 2 > len(self.close), f'block_size = {length} is too short for a prefix and text, expected'
-                 f' more than {2 * len(self.close) + 1}; half of a row may be prefix, with its mark {CLOSE!r}'))
-
-    def encode(self, texts):
-        if self.tok is None:
-            return [np.frombuffer(t.encode(), np.uint8) for t in texts]
-        return self.tok.encode(texts)
-
-    def prefix(self, items, types):
-        """Return the ids of a prefix, at most half a row: a longer one is cut before its closing mark."""
-        text = prefix_of(items, types)
-        if not text:
-            return self.close[:0]
-        ids, most = self.encode([text])[0], self.length // 2
-        return ids if len(ids) <= most else np.concatenate((ids[:most - len(self.close)], self.close))
-
-    def body(self, text, items, types, lead):
-        """Return ids and kinds of a text with its in-line markup; lead: a space before it."""
-        segments = segments_of(text, items, types)
-        if lead:
-            first = segments[0]
-            segments[:1] = [(' ', False), first] if first[1] else [(' ' + first[0], False)]
-        texts = iter(self.encode([s for s, is_markup in segments if not is_markup]))
-        parts = [self.markup(s) if is_markup else next(texts) for s, is_markup in segments]
-        kinds = [np.full(len(p), MARKUP if is_markup else TEXT) for p, (_, is_markup) in zip(parts, segments)]
-        return np.concatenate(parts), np.concatenate(kinds)
-
-    def fold(self, values, room, fill):
-        """Cut an array into rows of room, the last one filled up."""
-        n = -(-len(values) // room)
-        return np.concatenate((values, np.full(n * room - len(values), fill, values.dtype))).reshape(n, room)
-
-    def rows(self, text, items, types):
-        """Return the rows of a document with the metadata of these types: ids, mask, two (n, T) arrays.
-
-        With control 'samecontext' they are cut as with metadata, and what is not text becomes padding on the left.
-        A piece without text is left out.
-        """
-        prefix = self.prefix(items, types)
-        ids, kinds = self.body(text, items, types, len(prefix) > 0)
-        room = self.length - len(prefix)
-        ids, kinds = self.fold(ids.astype(np.uint32), room, self.pad), self.fold(kinds, room, PAD)
-        kept = (kinds == TEXT).any(1)
-        ids, kinds = ids[kept], kinds[kept]
-        ids = np.concatenate((np.tile(prefix.astype(np.uint32), (len(ids), 1)), ids), 1)
-        kinds = np.concatenate((np.full((len(kinds), len(prefix)), PREFIX), kinds), 1)
-        if self.control == 'samecontext':
-            order = np.argsort((kinds != TEXT) + 0, 1, kind='stable')   # text first, for each row alone
-            n_left = ((kinds == PREFIX) | (kinds == MARKUP)).sum(1)[:, None]
-            order = np.take_along_axis(order, (np.arange(self.length) - n_left) % self.length, 1)
-            ids, kinds = np.take_along_axis(ids, order, 1), np.take_along_axis(kinds, order, 1)
-            ids[kinds != TEXT], kinds[kinds != TEXT] = self.pad, PAD
-        return ids, kinds
-
-    def spans(self, ids, kinds, lead):
-        """Return where tokens start and end in the bytes of the text, as (start, end); markup is empty."""
-        size = np.where(kinds == TEXT, 1 if self.tok is None else self.byte_lengths[ids], 0)
-        end = np.cumsum(size) - lead
-        return end - size, end
-
-    def pair(self, text, items, types, other=None):
-        """Return {'with', 'without'[, 'other']: (ids, mask)} of a document, rows that score the same targets.
-
-        other: another document's prefix (ids), a third arm in place of the own one. Each piece scores the tokens that
-        stand at the same bytes of the text with and without metadata, but for the first of a row.
-        """
-        prefix = self.prefix(items, types)
-        ids, kinds = self.body(text, items, types, len(prefix) > 0)
-        start, end = self.spans(ids, kinds, int(len(prefix) > 0))
-        plain, = self.encode([text])
-        plain_start, plain_end = self.spans(plain, np.full(len(plain), TEXT), 0)
-        room = self.length - max(len(prefix), 0 if other is None else len(other))
-        found = {arm: ([], []) for arm in ('with', 'without') + (('other',) if other is not None else ())}
-        for i in range(0, len(ids), room):
-            piece, is_text = slice(i, i + room), np.flatnonzero(kinds[i:i + room] == TEXT) + i
-            if len(is_text) < 2:
-                continue
-            low = np.searchsorted(plain_start, start[is_text[0]])
-            high = min(np.searchsorted(plain_end, end[is_text[-1]], 'right'), low + self.length)
-            first = max(start[is_text[1]], plain_start[min(low + 1, len(plain) - 1)])
-            scored = kinds[piece] == TEXT, np.ones(max(high - low, 0), bool)
-            codes = (start[piece] << 32 | end[piece]), (plain_start[low:high] << 32 | plain_end[low:high])
-            scored = [s & (at >= first) & np.isin(c, other_c[other_s]) for s, at, c, other_c, other_s in zip(
-                scored, (start[piece], plain_start[low:high]), codes, codes[::-1], scored[::-1])]
-            if not scored[0].any():
-                continue
-            targets = ids[piece][scored[0]], plain[low:high][scored[1]]
-            require((np.array_equal(*targets), 'a tokenizer with several tokens for the same bytes cannot make paired'
-                     ' rows; use byte or gpt2'))
-            seen = np.where(kinds[piece] == MARKUP, MARKUP, np.where(scored[0], TEXT, PREFIX))
-            for arm, before in (('with', prefix), ('other', other)):
-                if arm in found:
-                    self.put(found[arm], np.concatenate((before, ids[piece])),
-                             np.concatenate((np.full(len(before), PREFIX), seen)))
-            self.put(found['without'], plain[low:high], np.where(scored[1], TEXT, PREFIX))
-        return {arm: (np.stack(rows), np.stack(masks)) for arm, (rows, masks) in found.items() if rows}
-
-    def put(self, lists, ids, mask):
-        """Append a row and its mask, padded on the right."""
-        for values, one, fill in zip(lists, (ids.astype(np.uint32), mask), (self.pad, PAD)):
-            values.append(self.fold(one, self.length, fill)[0])

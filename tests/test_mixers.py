@@ -13,8 +13,7 @@ import prune
 import runs
 import sample
 import train
-from configurator import UserError, require
-from corpus import objectives
+from configurator import UserError
 from corpus.bins import Bin
 from corpus.objectives import Objective
 from model import Mixer, ModelConfig, Triangles, build, flops_per_token, make, model_args, n_parameters
@@ -190,23 +189,6 @@ def test_blank_copies_need_a_memory():
     assert found['none'] < 0.25 and found['token'] > 0.5, found                 # 8 symbols: chance is 0.125
 
 
-# --- objectives ---
-
-def test_rows_of_objectives():
-    """What is seen and what is scored, by hand."""
-    data = Bin(np.arange(64, dtype=np.uint8), start_id=10)
-    x, y = Objective(data, 'copy', '').gather([8], 8)
-    assert x.tolist() == [[7, 8, 9, 10, 11, 8, 9, 10]] and y.tolist() == [[-1] * 4 + [8, 9, 10, 11]]
-    x, y = Objective(data, 'blank_copy', 'memory').gather([8], 8)
-    assert x.tolist() == [[8, 9, 10, 11] + [10] * 4] and y.tolist() == [[-1] * 4 + [8, 9, 10, 11]]
-    x, y = Objective(data, 'combined', '').gather([8, 16], 8)
-    plain = data.gather([8], 8)
-    assert x[0].tolist() == plain[0][0].tolist() and y[1].tolist() == [-1] * 4 + [16, 17, 18, 19]
-    x, y = Objective(data, 'autoencode', 'autoencoder').gather([56], 8)
-    assert x.tolist() == y.tolist() == [list(range(56, 64))]
-    assert Objective(data, 'copy', '').n_scored([0, 8], 8) == 8 and Objective(data, 'copy', '').head(16).n_tokens == 16
-
-
 # --- bad input ---
 
 @pytest.mark.parametrize('options, message', [
@@ -259,11 +241,6 @@ def test_compiled(options):
     net, x = model(**options), ids()
     compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
     assert compiled(x, x).item() == pytest.approx(net(x, x).item(), rel=1e-5)
-
-
-def test_objectives_fit_models():
-    with pytest.raises(UserError, match="objective of wrapper = 'oracle' = 'copy', expected one of 'memory'"):
-        require(objectives.objective_rule('copy', ModelConfig(wrapper='oracle')))
 
 
 # --- through the scripts ---

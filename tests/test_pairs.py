@@ -101,6 +101,7 @@ def test_hidden_padding_is_seen_by_no_text(positions):
 
 # --- training ---
 
+@pytest.mark.slow
 def test_step_loss_does_not_depend_on_the_split(data_dir, tmp_path):
     """Rows score different numbers of tokens: whole batches, micro-batches of 2, and two ranks give one loss."""
     flags = [*TINY, *LEARN, f'--data_dir={data_dir}', '--max_iters=8', '--eval_blocks=8', '--final_train_blocks=0']
@@ -145,6 +146,7 @@ def test_samecontext_trains_and_resumes(data_dir, tmp_path):
     assert row['loss_nats'] == pytest.approx(runs.read_run(str(tmp_path / 'meta_same'))['mean_test_loss'], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shard', ['', 'full'])
 def test_hidden_padding_on_two_ranks(data_dir, tmp_path, shard):
     """DDP and FSDP2 hide the same inputs as one process does."""
