@@ -22,8 +22,6 @@ class UserError(ValueError):
 # Knobs and scripts of earlier versions: {name: (the only value that may still be given, what to do instead)}.
 RETIRED = {
     'decoupled': (False, 'the penalty goes through the optimiser, as published'),
-    'muon_rate_ratio': (1.0, "Muon takes learning_rate, scaled to the size of AdamW's steps"),
-    'qat_rows': (32, 'the grid is chosen on 32 rows'),
     'tokens_per_second': (0.0, '--check prints hours for two speeds'),
 }
 

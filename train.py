@@ -94,9 +94,11 @@ beta2 = 0.999
 adam_epsilon = 1e-8
 weight_decay = 0.0              # matrices and embeddings only
 matrix_optimizer = 'adamw'      # of the blocks' matrices: 'adamw', 'muon' (AdamW then keeps the rest)
+muon_rate_ratio = 1.0           # Muon's learning rate in units of learning_rate
 grad_clip = 0.0                 # 0 = off
 # quantisation-aware fine-tuning (codec/grid.py): the run ends on the grid that compress.py writes
 qat_bits = 0.0                  # bits per non-zero weight that the grid is chosen for; 0 = off
+qat_rows = 32                   # training rows on which its Fisher information is measured
 bits_lambda = 0.0               # penalty on the estimated bits; 1 = a bit of weights counts as a bit of data
 # logging, evaluation, saving
 log_every = 1                   # steps between rows of train_loss.csv
@@ -135,10 +137,9 @@ from training.step import accumulate, clip, forget_gradients, unscale, update
 # seconds: of steps alone, over all resumptions
 CSV_COLUMNS = 'phase epoch step tokens loss_nats lr grad_norm grad_norm_penalised nonzeros seconds'.split()
 PAIRED = ('with_nats', 'without_nats', 'difference_nats', 'true_wins')      # of rows with and without metadata
-GRID_ROWS = 32                  # training rows on which the Fisher information of a grid is measured
 FIXED = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise', 'train_only_on_leading_tokens',
-         'online', 'loss_on', 'objective', 'freeze_encoder', 'matrix_optimizer', 'pmmp_state', 'qat_bits',
-         'weight_decay', 'beta1', 'beta2')      # what a resumed run may not change
+         'online', 'loss_on', 'objective', 'freeze_encoder', 'matrix_optimizer', 'muon_rate_ratio',
+         'pmmp_state', 'qat_bits', 'weight_decay', 'beta1', 'beta2')      # what a resumed run may not change
 
 
 # --- the procedures ---
@@ -450,8 +451,8 @@ def show_plan(config, k, n_ranks):
     plan.print_plan(config, k, config_from_knobs(config, data.vocab_size), n_ranks, phases, eval_rows,
                     k.data_mix or k.dataset, prunings)
     if k.procedure in ('pmmp', 'drr') and not k.alpha:
-        balanced = plan.alpha_of_32_bits(data.n_tokens)
-        print(f'hint                  alpha = 0; 32·ln2/N = {balanced:.3g} makes the penalty the size of 32-bit weights')
+        hint = plan.alpha_of_32_bits(data.n_tokens)
+        print(f'hint                  alpha = 0; 32·ln2/N = {hint:.3g} makes the penalty the size of 32-bit weights')
 
 
 # --- pieces of the run ---
@@ -460,7 +461,7 @@ def make_grid(model, named_params, batches, phase, saved, env, k):
     """Return the grid of a fine-tuning phase: from a checkpoint, or chosen on rows of its first batches by rank 0."""
     codes = saved
     if codes is None:
-        first = Batches(batches.data, batches.order, batches.seed, GRID_ROWS, batches.block_size)
+        first = Batches(batches.data, batches.order, batches.seed, k.qat_rows, batches.block_size)
         x, y, _ = first.batch(Place(epoch=0, batch=0, number=0))
         chosen = choose_codes(model, k.qat_bits, x, y)
         codes = {name: env.sum(code if env.main else torch.zeros_like(code)).cpu() for name, code in chosen.items()}
@@ -493,7 +494,7 @@ def prune(masks, procedure, optimizers, params, loss_of, k):
 
 
 def tokens_drawn(data, step, T, k):
-    """Return {source: tokens} that a mixture has drawn in `step` steps, {} for other data; a chunk's rows count once."""
+    """Return {source: tokens} that a mixture has drawn in `step` steps, {} for other data; a chunk counts once."""
     n_rows = math.ceil(step / k.steps_per_chunk) * k.batch_size
     return {name: rows * T for name, rows in data.rows_by_source(n_rows, k.seed).items()}
 
@@ -621,7 +622,7 @@ if __name__ == '__main__':
     # 6. The optimisers. A checkpoint of weights alone has no state for them.
     make_adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), eps=adam_epsilon, lr=learning_rate,
                                    fused=env.kind in ('cuda', 'cpu'))
-    optimizers = make_optimizers(trained, make_adamw, matrix_optimizer, weight_decay)
+    optimizers = make_optimizers(trained, make_adamw, matrix_optimizer, weight_decay, muon_rate_ratio)
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
     has_state = bool(start.get('optimizer'))
     if resumed and has_state:
@@ -759,12 +760,12 @@ if __name__ == '__main__':
                     with running.as_evaluated():
                         val_loss, pairs = validate(run, phase, raw_model, val_data, pair_sets, T, eval_rows,
                                                    eval_blocks)
-                        counters['final_val_loss'] = val_loss
                         paired.update(pairs)
                         if val_loss < counters['best_val']:
                             counters['best_val'] = val_loss
                             facts = run.facts(phase=phase.name, drawn=tokens_drawn(train_data, run.step, T, k))
                             run.save(checkpoint_of(raw_model, masks, running, facts, 'best.pt'), 'best.pt')
+                        counters['final_val_loss'] = val_loss
 
             # Save when it is time, or save and leave where a signal asked for it. The end has a checkpoint of its own.
             if run.step < n_steps and (run.stop or run.save_due):

@@ -26,25 +26,26 @@ def adamw_groups(params, weight_decay):
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
 
 
-def make_optimizers(named_params, make_adamw, matrix_optimizer='adamw', weight_decay=0.0):
+def make_optimizers(named_params, make_adamw, matrix_optimizer='adamw', weight_decay=0.0, muon_rate_ratio=1.0):
     """Return the optimisers of {name: tensor}: [AdamW], or with matrix_optimizer = 'muon' [AdamW, Muon].
 
-    make_adamw(groups) makes an AdamW with the rates of the run.
+    make_adamw(groups) makes an AdamW with the rates of the run; muon_rate_ratio: Muon's rate in units of AdamW's.
     """
     if matrix_optimizer != 'muon':
         return [make_adamw(adamw_groups(list(named_params.values()), weight_decay))]
     matrices = [p for n, p in named_params.items() if is_muons(n, p)]
     others = [p for n, p in named_params.items() if not is_muons(n, p)]
-    muon = torch.optim.Muon(matrices, momentum=MUON_MOMENTUM, weight_decay=weight_decay,
+    groups = [dict(params=matrices, rate_ratio=muon_rate_ratio)]
+    muon = torch.optim.Muon(groups, momentum=MUON_MOMENTUM, weight_decay=weight_decay,
                             adjust_lr_fn='match_rms_adamw')
     return [make_adamw(adamw_groups(others, weight_decay)), muon]
 
 
 def set_rate(optimizers, rate):
-    """Set the learning rate of all parameters."""
+    """Set the learning rate of all parameters, of those with a rate_ratio in that ratio."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = rate
+            group['lr'] = rate * group.get('rate_ratio', 1.0)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from configurator import at_least, one_of
+from corpus.data import Place
 
 PHASES = ('prelude', 'main', 'fine_tuning')
 LN2 = math.log(2)
@@ -40,7 +41,9 @@ def matrix_rules(k):
     return [one_of('matrix_optimizer', k.matrix_optimizer, ('adamw', 'muon')),
             (k.matrix_optimizer != 'muon' or not k.shard, "matrix_optimizer = 'muon' needs whole matrices on each rank:"
              " use shard = '' (DDP)"),
+            (k.muon_rate_ratio > 0, f'muon_rate_ratio = {k.muon_rate_ratio}, expected > 0'),
             (k.qat_bits == 0 or 1 <= k.qat_bits <= 12, f'qat_bits = {k.qat_bits}, expected 1 to 12, or 0 = off'),
+            at_least('qat_rows', k.qat_rows, 1),
             at_least('bits_lambda', k.bits_lambda, 0),
             (not k.qat_bits or k.epochs_fine_tuning > 0, 'qat_bits needs epochs_fine_tuning > 0, which it begins with'),
             (not k.qat_bits or not k.shard, "qat_bits needs whole matrices on each rank: use shard = '' (DDP)"),
@@ -58,18 +61,6 @@ def shard_rules(k, distributed):
 
 
 # --- phases ---
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run stands in its data: epoch and batch in it, and the number of batches since the run began.
-
-    sequential: the batch is taken in the order of the text, whatever the order of the run.
-    """
-    epoch: int
-    batch: int
-    number: int
-    sequential: bool = False
-
 
 @dataclass(frozen=True)
 class Phase:
