@@ -156,6 +156,15 @@ def read_meta(data_dir, dataset):
     return meta
 
 
+def file_in(folder, name):
+    """Return the path of a file that meta.json names: one in the data set's own folder, else UserError."""
+    plain = isinstance(name, str) and name not in ('', '.', '..') and '\0' not in name
+    if not plain or os.path.basename(name) != name:
+        raise UserError(f'{os.path.join(folder, "meta.json")} names the file {name!r}, expected a name without a'
+                        ' folder; no prepare script wrote that: delete the data set by hand or choose another --name')
+    return os.path.join(folder, name)
+
+
 class Bin:
     """One split of a data set as a memory map: tokens (n_tokens,), read-only, with what meta.json says of it."""
 
@@ -227,7 +236,7 @@ def open_bin(data_dir, dataset, split, verify=False):
     if split not in meta['splits']:
         raise UserError(f'data set {dataset!r} has no split {split!r}, it has {", ".join(meta["splits"])}; {again}')
     entry = meta['splits'][split]
-    path = os.path.join(folder, entry['file'])
+    path = file_in(folder, entry['file'])
     if meta['dtype'] not in DTYPES:
         raise UserError(f'{dataset}: dtype {meta["dtype"]!r} in meta.json, expected one of {", ".join(DTYPES)};'
                         f' {again}')
@@ -243,11 +252,11 @@ def open_bin(data_dir, dataset, split, verify=False):
         raise UserError(f'{path} holds token id {worst}, the vocabulary has {meta["vocab_size"]}; {again}')
     if verify and sha256_file(path) != entry['sha256']:
         raise UserError(f'{path} does not have the SHA-256 of meta.json ({entry["sha256"]}); {again}')
-    table = os.path.join(folder, meta['tokenizer'].get('token_bytes') or 'none')
+    table = file_in(folder, meta['tokenizer'].get('token_bytes') or 'none')
     lengths = np.fromfile(table, '<u2') if os.path.exists(table) else None
     found = Bin(tokens, meta['vocab_size'], meta['start_id'], entry['text_bytes'], entry['sha256'], dataset, split,
                 meta['tokenizer']['name'], entry.get('words', 0), lengths)
-    found.index = os.path.join(folder, entry['index']) if 'index' in entry else ''
+    found.index = file_in(folder, entry['index']) if 'index' in entry else ''
     import rows
     return rows.Rows.of(found, meta['rows'], entry, folder, again, verify) if 'mask' in entry else found
 
@@ -319,10 +328,15 @@ def batch_starts(order, seed, epoch, batch, batch_size, n_tokens, block_size):
 # --- preparing a data set (prepare_*.py): documents in, finished splits out ---
 
 def may_write(folder, script, argv, overwrite):
-    """Return argv without --overwrite, as meta.json records it; refuse a data set that another command made."""
+    """Return argv without --overwrite, as meta.json records it; refuse a data set that another command made.
+
+    With overwrite, refuse an older meta.json that names files elsewhere: finish would delete them.
+    """
     path = os.path.join(folder, 'meta.json')
     argv = sys.argv[1:] if argv is None else argv
     argv = [a for a in argv if not a.replace('-', '_').startswith('__overwrite')]
+    if overwrite:
+        old_files(folder)
     if os.path.exists(path) and not overwrite:
         made_by = read_meta('', folder)['made_by']
         if made_by != dict(script=script, argv=argv):
@@ -337,7 +351,7 @@ def intact(folder):
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         return None
     meta = read_meta('', folder)
-    files = [(os.path.join(folder, entry['file']), entry['sha256']) for entry in meta['splits'].values()]
+    files = [(file_in(folder, entry['file']), entry['sha256']) for entry in meta['splits'].values()]
     return meta if all(os.path.exists(path) and sha256_file(path) == sha for path, sha in files) else None
 
 
@@ -346,18 +360,30 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
 
     An older meta.json goes first: until the new one stands the folder is no data set, whatever it holds.
     """
-    path, old = os.path.join(folder, 'meta.json'), {}
+    path = os.path.join(folder, 'meta.json')
+    old = old_files(folder)
     if os.path.exists(path):
-        old = read_meta('', folder)['splits']
         os.remove(path)
     splits = {split: writer.commit() for split, writer in writers.items()}
-    for stale in files_of(old) - files_of(splits):
-        os.remove(os.path.join(folder, stale))
+    for stale in old - files_of(splits):
+        if os.path.isfile(file_in(folder, stale)):
+            os.remove(file_in(folder, stale))
     for file, content in (extras or {}).items():
         with open(os.path.join(folder, file), 'wb') as f:
             f.write(content)
     write_meta(folder, script, argv, splits, source, **meta)
     print_splits(folder, splits)
+
+
+def old_files(folder):
+    """Return the names of the files of the data set in a folder; none where there is none or nobody can read it."""
+    try:
+        names = files_of(read_meta('', folder)['splits'])
+    except UserError:
+        return set()
+    for name in names:
+        file_in(folder, name)
+    return names
 
 
 def files_of(splits):

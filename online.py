@@ -13,6 +13,7 @@ Shapes: S streams, n symbols per stream, W window, R rows of an update.
 import hashlib
 import json
 import os
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +28,7 @@ from bins import NEWLINE, key_of, mix64
 from configurator import UserError, at_least, require
 from model import ModelConfig, build
 from muon import is_muons
-from runs import cpu_name
+from runs import PAUSED, HeldInterrupt, cpu_name
 
 PARTS = 2                                       # of a batch: part of the format, since float sums depend on it
 LEVELS = 255                                    # of a weight's magnitude in its row while coding
@@ -198,6 +199,7 @@ class Session:
 
     def __init__(self, settings, key, state_path, show):
         self.s, self.key, self.state_path, self.show = settings, key, state_path, show
+        self.interrupt = None                               # a Ctrl-C that waits for the segment to end
         n, self.S = settings['bytes'], settings['streams']
         whole, more = divmod(n, self.S)
         self.steps, self.active = whole + (more > 0), more or self.S            # active: streams in the last step
@@ -230,7 +232,24 @@ class Session:
         os.replace(f'{self.state_path}.tmp', self.state_path)
 
     def run(self):
-        """Code and learn to the end, segment by segment; the state file is then of no more use."""
+        """Code and learn to the end; with a state file Ctrl-C saves it after the segment and leaves with status 85."""
+        if not self.state_path:
+            self.segments()
+            return
+        with HeldInterrupt(f'{self.state_path} is saved after this segment, exit status {PAUSED}') as self.interrupt:
+            self.segments()
+        if os.path.exists(self.state_path):                 # of no more use
+            os.remove(self.state_path)
+
+    def leave(self):
+        """End the process, its state being saved, with a line that says how to go on."""
+        done = min(self.done * self.S, self.s['bytes'])
+        print(f'\npaused after {done:,} of {self.s["bytes"]:,} bytes; the same command goes on from {self.state_path}',
+              file=sys.stderr)
+        raise SystemExit(PAUSED)
+
+    def segments(self):
+        """Code and learn segment by segment, saving the state after each."""
         while self.done < self.steps:
             self.first, self.stop = self.done, min(self.steps, self.done + max(1, SEGMENT_SYMBOLS // self.S))
             self.begin()
@@ -245,8 +264,8 @@ class Session:
             cut = self.active if self.stop == self.steps else self.S
             self.finish(inside[:cut].tobytes() + inside[cut:, :-1].tobytes())
             self.save()
-        if self.state_path and os.path.exists(self.state_path):
-            os.remove(self.state_path)
+            if self.interrupt and self.interrupt.received and self.done < self.steps:
+                self.leave()
 
     def model(self, stop):
         """Return the integer model that codes a block up to step `stop`, and the first input of its window."""

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from bins import Bin, BinWriter, sha256_file
+from bins import Bin, BinWriter, file_in, sha256_file
 from configurator import require
 from metadata import CLOSE, prefix_of, segments_of
 
@@ -27,7 +27,7 @@ class Rows(Bin):
     @classmethod
     def of(cls, data, meta, entry, folder, again, verify=False):
         """Return the Rows of a checked Bin; meta: what meta.json says of rows, entry: of this split."""
-        mask_path = os.path.join(folder, entry['mask'])
+        mask_path = file_in(folder, entry['mask'])
         size = os.path.getsize(mask_path) if os.path.exists(mask_path) else -1
         require((size == data.n_tokens, f'{mask_path} has {max(size, 0)} bytes, expected one for each of'
                  f' {data.n_tokens} tokens; {again}'),

@@ -120,8 +120,8 @@ log_interval = 100              # steps between lines of log.txt
 eval_interval = 0               # steps between validations; 0 = at the end of each phase only
 eval_blocks = 0                 # leading validation blocks used in training; 0 = the whole split
 final_train_blocks = -1         # leading training blocks scored at the end: -1 = all, 0 = none; a pause begins it anew
-checkpoint_time = 83000.0       # seconds between checkpoints; 0 = only at the end and on a signal
-max_runtime = 86000.0           # seconds after which the run saves itself and exits with 85; 0 = off
+checkpoint_time = 1800.0        # seconds between checkpoints; 0 = only at the end and on a signal
+max_runtime = 0.0               # seconds after which the run saves itself and exits with 85; 0 = off
 keep_last = 1                   # checkpoints kept
 sharded_ckpt = False            # with shard: ckpt.sharded, a folder to which each rank writes its part
 wandb_log = False
@@ -262,7 +262,10 @@ def main(argv=None):
                     train_seconds=0.0, step_seconds=0.0)
     counters.update({name: start[name] for name in counters if resume and name in start})
     if env.main:                                                        # last: nothing above may cost an older run
-        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', '' if resume else parent)
+        if wandb_log:
+            runs.require_wandb()
+        sources = [encoder_ckpt] if resume else [encoder_ckpt, parent]
+        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', sources)
     env.barrier()
     micro = micro_batch_size or batch_size // env.world
     rows_per_rank = batch_size // env.world
@@ -338,6 +341,8 @@ def main(argv=None):
             loss_file.flush()
         if env.main or name == 'ckpt.sharded':
             runs.save_checkpoint(os.path.join(out_dir, name), checkpoint, 1 if weights_only else keep_last)
+        if not weights_only:
+            runs.commit_run_folders()
         env.barrier()
 
     lap = [time.time()]
@@ -504,10 +509,10 @@ def main(argv=None):
             if stop and step < n_steps:
                 save(phase)
                 bar.close()
-                note(f"paused step={step} reason={signals.received or 'rank'}; continue with --init_from=resume")
-                record.update(status='paused', step=step)
+                note(record.pause(signals.where(step), step=step))
                 env.barrier()                                           # the first rank to go may end the others
                 env.close()
+                runs.close_run_folders()
                 return runs.PAUSED
             if save_due and step < n_steps:
                 save(phase)
@@ -551,6 +556,7 @@ def main(argv=None):
     record.update(status='done', **totals)
     env.barrier()
     env.close()
+    runs.close_run_folders()
     return 0
 
 

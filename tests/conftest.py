@@ -112,7 +112,7 @@ class OneProcess:
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """train.main installs handlers for signals and a timer; give pytest its own back."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
