@@ -371,9 +371,10 @@ def main(argv=None):
                   encoder=facts['encoder'], data=facts['data'])).items()))
     env.barrier()                                                       # all ranks have read what was there
     if env.main:
-        for (folder, _, _, facts), old in zip(jobs, before):            # refuse before the first is trained
-            if facts['kind'] != 'own decoder' and old.get('status') != 'done':
-                runs.check_run_folder(folder, overwrite, init_from == 'resume', paths)
+        trained = [folder for (folder, _, _, facts), old in zip(jobs, before)
+                   if facts['kind'] != 'own decoder' and old.get('status') != 'done']
+        for folder in (out_dir, *trained):                              # refuse before the first is trained
+            runs.check_run_folder(folder, overwrite, init_from == 'resume', paths)
         runs.open_run_folder(out_dir, overwrite, init_from == 'resume', paths)
     env.barrier()
     record, rows, lines = runs.RunRecord(out_dir, config, env), [], []
