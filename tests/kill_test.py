@@ -226,7 +226,9 @@ class Interrupted:
 
     def step(self, folder):
         """Return the last logged step of a run, over all its parts."""
-        return sum(progress(os.path.join(folder, part))[1] for part in self.parts)
+        import runs
+        records = [runs.read_run(os.path.join(folder, part)) for part in self.parts]
+        return sum(self.n_steps if r.get('status') == 'done' else r.get('step', 0) for r in records)
 
     def differences(self, unbroken, broken):
         return [f'{part}: {line}' for part in self.parts for line in differences(
