@@ -130,12 +130,14 @@ class OneProcess:
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    """train.main installs handlers for signals and a timer; give pytest its own back."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
+    """train.main installs handlers for signals and a timer, and opens a run folder; give pytest its own back."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
+    if 'runs' in sys.modules:               # what a process does at its exit
+        sys.modules['runs'].close_run_folders()
 
 
 @pytest.fixture(scope='session')

@@ -191,15 +191,17 @@ def test_the_student_learns_from_the_teacher(distil, tmp_path, teacher):
     assert os.path.exists(tmp_path / 'run' / 'best.pt')
 
 
-def test_a_paused_run_ends_with_the_same_bytes(distil, tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', (signal.SIGUSR1, signal.SIGINT))
+def test_a_paused_run_ends_with_the_same_bytes(number, distil, tmp_path, monkeypatch):
     """A signal at step 3, then init_from=resume: tensors and table equal those of an unbroken run."""
     flags = ('--dropout=0.1', '--a_hidden=1')
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     distil(*flags, out='whole')
     real = distill.rate_at
 
     def interrupt(step, *more):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
         return real(step, *more)
     monkeypatch.setattr(distill, 'rate_at', interrupt)
     assert distil(*flags) == runs.PAUSED and runs.read_status(tmp_path / 'run') == 'paused'
