@@ -161,6 +161,11 @@ def configure(namespace, argv=None, verbs=None):
     return (verb, paths, values) if verbs else values
 
 
+def names_in(text):
+    """Return the names of a comma list, as in --dataset=a,b; spaces around them and empty ones do not count."""
+    return [part.strip() for part in text.split(',') if part.strip()]
+
+
 def require(*rules):
     """Raise one UserError that lists every rule that fails; a rule is (holds, message with the value and the cure)."""
     problems = [message for holds, message in rules if not holds]
