@@ -159,9 +159,9 @@ def pack(checkpoint_path, path, out, say):
         tokenize,
         write_archive,
     )
+    from corpus.tokens import tokenizer_folder
     from model import build
     from runs import load_checkpoint
-    from corpus.tokens import tokenizer_folder
     checkpoint = load_checkpoint(checkpoint_path)
     args, data = dict(checkpoint['model_args'], dropout=0.0), checkpoint.get('data') or {}
     exact.check_covered(args)

@@ -199,7 +199,7 @@ class Component:
             self.writers.pop(split).abort()
 
 
-def save(resume, state, components, queue):
+def save_state(resume, state, components, queue):
     """Write what waits, and how far everything is."""
     queue.flush()
     state.components = {name: component.state() for name, component in components.items()}
@@ -253,14 +253,14 @@ if __name__ == '__main__':
     queue = TokenQueue(tok)
     components = {n: Component(n, folders[n], meta['dtype'], tok, eot, max_tokens, state.components.get(n, {}))
                   for n in names}
-    save_all = functools.partial(save, resume, state, components, queue)
+    save = functools.partial(save_state, resume, state, components, queue)
     records = records_from(shards, state, whole_source, skip_broken)
     try:
-        stream(records, components, queue, save_all, resume, types.SimpleNamespace(**config))
+        stream(records, components, queue, save, resume, types.SimpleNamespace(**config))
     except UserError:
-        save_all()
+        save()
         raise
-    save_all()
+    save()
 
     # All or nothing: each component has documents in each split that has a share.
     wanted = ['train']

@@ -9,7 +9,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import itertools
 import json
 import lzma
 import os

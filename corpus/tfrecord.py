@@ -7,7 +7,6 @@ import struct
 
 from configurator import UserError
 
-
 # --- files of records ---
 
 def crc_table():

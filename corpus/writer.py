@@ -16,7 +16,7 @@ from corpus.tokens import pieces_of
 
 FEW = 1000                      # documents up to which a cut is exact by rank; beyond, the fraction of a hash's range
 BATCH = 1 << 20                 # characters handed to the tokenizer's threads together
-PER_PIECE = 64                  # characters that a piece counts for beside its own: one of no length costs something too
+PER_PIECE = 64                  # characters that a piece counts for beside its own: an empty one costs something too
 EMPTY = dict(n_bytes=0, text_bytes=0, documents=0, words=0)
 
 

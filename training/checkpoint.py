@@ -1,6 +1,6 @@
 """Checkpoints: one file, or a folder that ranks write together; saved whole or not at all, loaded without running code.
 
-Imported by runs.py, under whose name scripts use this. Hugging Face folders and hub ids are read through huggingface.py.
+Imported by runs.py, under whose name scripts use this. Hugging Face folders and hub ids: huggingface.py.
 """
 import os
 import platform
