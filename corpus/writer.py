@@ -97,10 +97,11 @@ class ResumeFile:
         try:
             with open(self.path, encoding='utf-8') as f:
                 state = json.load(f)
-            same = state.pop('of') == self.identity
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError):
             return None
-        return state if same else None
+        if not isinstance(state, dict) or state.pop('of', None) != self.identity:
+            return None
+        return state
 
     @property
     def is_due(self):
