@@ -187,14 +187,17 @@ class Component:
     def is_full(self):
         return self.writers['train'].is_full
 
-    def close(self, wanted, source):
-        """Abort the splits that are not wanted; UserError where one that is wanted is empty."""
+    def check(self, wanted, source):
+        """Raise UserError where one of the splits that are wanted is empty."""
         n_documents = sum(writer.documents for writer in self.writers.values())
         require((n_documents, f'{source!r} holds no document of {self.name} ({KNOWN[self.name]}); check the source'))
         empty = [split for split in wanted if not self.writers[split].n_bytes]
         require((not empty, f'{" and ".join(empty)} of {self.name} would be empty, {n_documents:,} documents were'
                  ' found; expected some in each split, give a larger --val_fraction and --test_fraction, or more'
                  ' documents'))
+
+    def leave_out_all_but(self, wanted):
+        """Remove the splits that are not wanted."""
         for split in set(self.writers) - set(wanted):
             self.writers.pop(split).abort()
 
@@ -269,13 +272,14 @@ if __name__ == '__main__':
     if test_fraction:
         wanted.append('test')
     for component in components.values():
-        component.close(wanted, source)
+        component.check(wanted, source)
     if state.broken:
         print(f'{len(state.broken)} of {len(shards)} shards are broken, their ends are missing:'
               f' {", ".join(state.broken)}')
 
     # Give the files their names, and write each meta.json last.
     for n, component in components.items():
+        component.leave_out_all_but(wanted)
         origin = dict(source=source, component=KNOWN[n], eot=eot, broken=state.broken, seed=seed)
         finish(folders[n], SCRIPT, recorded_argv[n], component.writers, origin, **meta)
     resume.remove()
