@@ -166,16 +166,16 @@ def pack(checkpoint_path, path, out, say):
         tokenize,
         write_archive,
     )
+    from corpus.tokens import tokenizer_folder
     from model import build
     from runs import load_checkpoint
-    from training import huggingface
     checkpoint = load_checkpoint(checkpoint_path)
     args, data = dict(checkpoint['model_args'], dropout=0.0), checkpoint.get('data') or {}
     exact.check_covered(args)
     raw = read_input(path)
     name, start_id = tokenizer or data.get('tokenizer') or 'byte', int(data.get('start_id', 10))
     found = tokenizer or name in ('byte', 'gpt2') or os.path.isfile(name)
-    own = '' if found else huggingface.tokenizer_folder(checkpoint)                    # of the run's data set
+    own = '' if found else tokenizer_folder(checkpoint)                                # of the run's data set
     ids, strings = tokenize(raw, os.path.join(own, 'tokenizer.json') if own else name)
     if len(ids) and int(ids.max()) >= args['vocab_size']:
         raise UserError(f'the file has id {int(ids.max())}, the model {args["vocab_size"]}; use its own tokenizer')

@@ -13,7 +13,7 @@ import score
 from codec import grid as qat
 from codec import weights
 from configurator import UserError
-from corpus.bins import open_bin
+from corpus.data import open_split
 from model import GPT, ModelConfig, build, model_args
 
 GRID = ('--qat_bits=4', '--qat_rows=8')
@@ -125,9 +125,9 @@ def test_the_archive_holds_the_model_that_was_trained(train_tiny, tmp_path, toy)
         used = folded[n].any(1) if n != 'embed.weight' else written[n].any(1)       # rows of unused bytes are dropped
         assert np.allclose(written[n][used], folded[n][used], rtol=1e-5, atol=1e-9), n
         assert (folded[n] == 0).mean() > 0.01
-    before = score.evaluate(build(args), open_bin(toy, 'toy', 'train'), 32, 8, runs.Env('cpu', 'float32'))
+    before = score.evaluate(build(args), open_split(toy, 'toy', 'train'), 32, 8, runs.Env('cpu', 'float32'))
     written.update({n: w for n, w in folded.items() if n not in checkpoint['grid']})
-    after = [score.evaluate(m, open_bin(toy, 'toy', 'train'), 32, 8, runs.Env('cpu', 'float32'))['loss_nats']
+    after = [score.evaluate(m, open_split(toy, 'toy', 'train'), 32, 8, runs.Env('cpu', 'float32'))['loss_nats']
              for m in (weights.load_folded(build(args), written), runs.load_model(run)[0])]
     assert after[0] == pytest.approx(after[1], rel=1e-6) and after[1] < before['loss_nats'] - 1
     assert runs.read_run(run)['mean_train_loss'] == pytest.approx(after[1], rel=1e-6)
