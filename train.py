@@ -110,7 +110,7 @@ weight_decay = 0.0              # matrices and embeddings only
 matrix_optimizer = 'adamw'      # of the blocks' matrices: 'adamw', 'muon' (AdamW then keeps the rest)
 muon_rate_ratio = 1.0           # Muon's learning rate in units of learning_rate
 grad_clip = 0.0                 # 0 = off
-# quantisation-aware fine-tuning (qat.py): the run ends on the grid that compress.py writes
+# quantisation-aware fine-tuning (codec/grid.py): the run ends on the grid that compress.py writes
 qat_bits = 0.0                  # bits per non-zero weight that the grid is chosen for; 0 = off
 qat_rows = 32                   # training rows on which its Fisher information is measured
 bits_lambda = 0.0               # penalty on the estimated bits; 1 = a bit of weights counts as a bit of data
@@ -275,7 +275,7 @@ def main(argv=None):
         print(f'the run has {n_steps:,} steps; the first source of the mixture is exhausted after'
               f' {train_data.n_batches(batch_size, seed) * steps_per_chunk:,}')
     last_saved, skipped = time.time(), 0
-    state, paired, grid, peaks = {}, {}, qat.Grid({}, {}), (learning_rate, procedure_learning_rate or learning_rate)
+    state, paired, grid, peaks = {}, {}, qat.Grid(), (learning_rate, procedure_learning_rate or learning_rate)
     if env.main:
         log, loss_file, loss_csv = runs.open_logs(out_dir, CSV_COLUMNS, counters['step'])
         if alpha and procedure in ('drr', 'pmmp') or procedure == 'pmmp':
@@ -392,9 +392,11 @@ def main(argv=None):
         if qat_bits and phase['name'] == 'fine_tuning':
             rows = train_data.gather(batch_starts(order, seed, 0, 0, qat_rows, train_data.n_tokens, T), T)
             codes = start.get('grid') if resume and done else qat.choose_codes(raw_model, qat_bits, *rows)
-            grid = qat.Grid(named_params, {n: env.sum(c * env.main).cpu() for n, c in codes.items()})   # rank 0's
+            grid = qat.Grid(bits_lambda * LN2 / train_data.n_tokens)
+            grid.begin(named_params, {n: env.sum(c * env.main).cpu() for n, c in codes.items()})        # rank 0's
             if bits_lambda:
-                edit, state = grid.pull, dict(bits_rate=bits_lambda * LN2 / train_data.n_tokens)
+                def edit(theta, gradients, state):
+                    grid.edit(dict(zip(params, gradients)))
         if done == 0:
             counters.update(best_val=math.inf, nonzeros=count_nonzero())
         optimizers = [optimizer] + ([state['optimizer']] if 'optimizer' in state else [])
@@ -417,7 +419,7 @@ def main(argv=None):
             sums = torch.zeros(3, device=env.device)                # nats, stop?, checkpoint due?: one reduction a step
             sums[1] = float(bool(signals.received))
             sums[2] = float(env.main and bool(checkpoint_time) and time.time() - last_saved > checkpoint_time)
-            grid.round()
+            grid.before_forward()
             for i in range(0, rows_per_rank, micro):
                 x, y = train_data.gather(mine[i:i + micro], T)
                 if dropout:
@@ -427,7 +429,7 @@ def main(argv=None):
                     loss = model_step(env.put(x), env.put(y))           # nats, summed over the rows
                 scaler.scale(loss * (env.world / n_scored)).backward()  # ranks are averaged: hence world
                 sums[0] += loss.detach()
-            grid.restore()
+            grid.after_backward()
             parallel.take_gradients(all_params)
             scaler.unscale_(optimizer)
             if shard and scaler.is_enabled():                           # an inf of one rank's part is everybody's
@@ -497,9 +499,9 @@ def main(argv=None):
             if plan.prunes_after(phase, done, k):
                 prune(phase)
             if done == phase['n_steps'] or eval_interval and step % eval_interval == 0:
-                grid.round()
+                grid.before_forward()
                 counters['final_val_loss'] = validate(phase)
-                grid.restore()
+                grid.after_backward()
             window[0] += time.time() - paused_at                        # tokens/s is of training alone
             if stop and step < n_steps:
                 save(phase)
@@ -517,7 +519,7 @@ def main(argv=None):
 
     # the end: the checkpoint, then every number from sums over whole splits
     if not resume or start['step'] < n_steps:                           # else only the scoring was cut short
-        grid.round()
+        grid.before_forward()
         save(phases[-1])
     signals.leave_at_once(record)
     sizes = sparse.model_sizes(parallel.full(p, p) for p in named_params.values())
