@@ -395,7 +395,7 @@ def main(argv=None):
             grid = qat.Grid(bits_lambda * LN2 / train_data.n_tokens)
             grid.begin(named_params, {n: env.sum(c * env.main).cpu() for n, c in codes.items()})        # rank 0's
             if bits_lambda:
-                def edit(theta, gradients, state):
+                def edit(theta, gradients, state, grid=grid):
                     grid.edit(dict(zip(params, gradients)))
         if done == 0:
             counters.update(best_val=math.inf, nonzeros=count_nonzero())
