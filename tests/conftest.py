@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import types
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')         # idle OpenMP threads sleep; see configurator.run
 os.environ['OMP_NUM_THREADS'] = '1'
@@ -20,6 +21,7 @@ sys.path.insert(0, ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import configurator  # noqa: E402
 from corpus import bins  # noqa: E402
 from training import folder as folders  # noqa: E402
 from training import plan  # noqa: E402
@@ -65,7 +67,8 @@ def write_dataset(data_dir, name='toy', sizes=(4096, 2000, 777), dtype='uint8', 
 
 def run_script(*argv, timeout=PATIENCE, cwd=None, **environ):
     """Run python with argv as a subprocess on one thread; returns CompletedProcess with text output."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', GOMP_SPINCOUNT='1000', PYTHONPATH=ROOT, **environ)
+    path = os.pathsep.join((ROOT, os.path.join(ROOT, 'tests')))         # scripts of tests may import conftest, too
+    env = dict(os.environ, OMP_NUM_THREADS='1', GOMP_SPINCOUNT='1000', PYTHONPATH=path) | environ
     return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=timeout,
                           cwd=cwd or ROOT, env=env)
 
@@ -214,6 +217,12 @@ RESUMED = (*THREE_PHASES, '--online', '--warmup_iters=3', '--schedule=cosine', '
 MAY_DIFFER = {'config', 'parent', 'train_seconds', 'step_seconds', 'versions', 'commit'}
 RESULTS = ('status', 'mean_test_loss', 'mean_train_loss', 'final_val_loss', 'epsilon', 'non_zero_params', 'tokens_seen',
            'n_prunings', 'tolerance_spent', 'online_description_length_bytes', 'final_train_loss')
+
+
+def train_knobs(*flags):
+    """Return the knobs of train.py as its functions take them, with tiny sizes; later flags win."""
+    script = dict(__file__=os.path.join(ROOT, 'train.py'), __doc__='')
+    return types.SimpleNamespace(**configurator.configure(script, [*TINY, *flags]))
 
 
 def losses_of(folder):
