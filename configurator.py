@@ -144,6 +144,16 @@ def retired(name, value, where):
     return True
 
 
+def retired_flag(name, equals, text, where):
+    """Say whether --NAME, --no-NAME or --NAME=text is a knob of an earlier version; refuse all but its last value."""
+    positive = name.removeprefix('no_')
+    if not equals and positive in RETIRED and type(RETIRED[positive][0]) is bool:
+        return retired(positive, positive == name, where)
+    if name not in RETIRED:
+        return False
+    return retired(name, parse(name, text, RETIRED[name][0], where), where)
+
+
 def unknown(name, defaults, where):
     close = difflib.get_close_matches(name, defaults, 1, 0.5)
     hint = f'did you mean {close[0]}?' if close else 'see --help for the list'
@@ -253,8 +263,8 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
             values[name] = True
         elif not equals and name.startswith('no_') and isinstance(defaults.get(name[3:]), bool):
             values[name[3:]] = False
-        elif name in RETIRED:
-            retired(name, parse(name, text, RETIRED[name][0], 'command line'), 'command line')
+        elif retired_flag(name, equals, text, 'command line'):
+            continue
         elif name in defaults:
             raise UserError(f'command line: --{name} needs a value, write --{name}={defaults[name]!r}')
         else:

@@ -139,7 +139,7 @@ CSV_COLUMNS = 'phase epoch step tokens loss_nats lr grad_norm grad_norm_penalise
 PAIRED = ('with_nats', 'without_nats', 'difference_nats', 'true_wins')      # of rows with and without metadata
 FIXED = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise', 'train_only_on_leading_tokens',
          'online', 'loss_on', 'objective', 'freeze_encoder', 'matrix_optimizer', 'muon_rate_ratio',
-         'pmmp_state', 'qat_bits', 'weight_decay', 'beta1', 'beta2')      # what a resumed run may not change
+         'pmmp_state', 'qat_bits', 'weight_decay', 'beta1', 'beta2', 'decoupled')       # what a resumed run may not change
 
 
 # --- the procedures ---

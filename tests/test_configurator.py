@@ -205,3 +205,35 @@ def test_an_imported_script_keeps_its_defaults(tmp_path, monkeypatch):
     path.write_text('seed = 1\n')
     monkeypatch.setattr('sys.argv', ['pytest', '--seed=3'])
     assert configurator.configure(dict(__file__=str(path), __doc__='', __name__='script')) == dict(seed=1)
+
+
+# --- knobs of earlier versions ---
+
+@pytest.mark.parametrize('argument', ('--no-decoupled', '--decoupled=False', '--decoupled=0', 'decoupled = False',
+                                      '--tokens_per_second=0', 'tokens_per_second = 0.0'))
+def test_a_retired_knob_at_its_last_value_is_dropped(argument, script, tmp_path):
+    """An older config or command sets it to what is now always done."""
+    values = configure(script, [argument if argument.startswith('--') else config(tmp_path, argument)])
+    assert values == knobs_of(script['__file__'])[0]
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('--decoupled', 'command line: decoupled = True is no knob any more'),
+    ('--decoupled=yes', 'command line: decoupled = True is no knob any more'),
+    ('decoupled = True', 'c.py: decoupled = True is no knob any more'),
+    ('--tokens_per_second=1e5', 'tokens_per_second = 100000.0 is no knob any more'),
+    ('tokens_per_second = 5', 'tokens_per_second = 5 is no knob any more')])
+def test_a_retired_knob_at_another_value_is_refused_by_name(argument, words, script, tmp_path):
+    """What it did is not done any more: dropping it in silence would be another run than the one asked for."""
+    with pytest.raises(UserError, match=words) as e:
+        configure(script, [argument if argument.startswith('--') else config(tmp_path, argument)])
+    name = words.split(': ')[-1].split(' = ')[0]
+    assert '\n' not in str(e.value) and str(e.value).endswith(configurator.RETIRED[name][1])
+
+
+def test_every_retired_knob_is_gone_and_says_what_to_do():
+    """A name on the list that a script still has would be set by flags and dropped by configs."""
+    import train
+    for name, (last, instead) in configurator.RETIRED.items():
+        assert name not in knobs_of(train.__file__)[0] and instead
+        assert configurator.coerce(name, last, last, 'here') == last

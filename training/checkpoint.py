@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 
-from configurator import UserError, knobs_of, require
+from configurator import RETIRED, UserError, knobs_of, require
 from corpus.bins import sha256_file
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
@@ -172,9 +172,12 @@ def load_encoder(model, path):
 def check_resume(start, path, data, config, fixed, script):
     """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`.
 
-    A checkpoint older than a knob of the script (its path) did what the knob's default does.
+    A checkpoint older than a knob of the script (its path) did what the knob's default does, and a script that has
+    lost a knob does what the knob's last value did.
     """
-    had = knobs_of(script)[0] | start['config']
+    lost = {name: last for name, (last, _) in RETIRED.items()}
+    config = lost | config
+    had = lost | knobs_of(script)[0] | start['config']
     require(*((start['data'][key] == data[key], f'cannot resume: {key} is {data[key]!r}, the checkpoint has'
                f' {start["data"][key]!r}; use the original one, or init_from={path} for a new run')
               for key in ('sha256', 'start_id')),
