@@ -166,7 +166,6 @@ def main(argv=None):
     check_knobs(k, n_ranks)
     import torch
 
-    import pairs
     import runs
     import score
     import sparse
@@ -300,7 +299,7 @@ def main(argv=None):
         found = score.evaluate(raw_model, val_data.head(eval_blocks * T), T, eval_rows, env)
         loss, bpb = found['loss_nats'], found['bits_per_byte']
         for t, arms in pair_sets.items():
-            paired[t] = next(pairs.evaluate(raw_model, arms, eval_rows, env, 0, eval_blocks))
+            paired[t] = next(score.evaluate_pairs(raw_model, arms, eval_rows, env, 0, eval_blocks))
             note(f'pairs type={t} step={counters["step"]} ' + ' '.join(
                 f'{key}={paired[t][key]:.5f}' for key in PAIRED if key in paired[t]),
                  **{f'{t}_{key}': paired[t][key] for key in PAIRED if key in paired[t]})
