@@ -282,7 +282,7 @@ class Units(UnitSums):
 
 
 def resamples(n_units, n_resamples):
-    """Yield how often each unit is drawn, (n_units,), when n_units are drawn with replacement; always the same draws."""
+    """Yield how often each unit is drawn, (n_units,), of n_units draws with replacement; the same in every run."""
     rng = np.random.default_rng(0)
     for _ in range(n_resamples):
         drawn = rng.integers(0, n_units, n_units)
