@@ -9,11 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, OneProcess, torchrun
+from conftest import TINY, OneProcess, run_here, torchrun
 
 import distill
-import eval as evaluation
-import pairs
 import prepare_metadata
 import runs
 import score
@@ -101,6 +99,7 @@ def test_hidden_padding_is_seen_by_no_text(positions):
 
 # --- training ---
 
+@pytest.mark.slow
 def test_step_loss_does_not_depend_on_the_split(data_dir, tmp_path):
     """Rows score different numbers of tokens: whole batches, micro-batches of 2, and two ranks give one loss."""
     flags = [*TINY, *LEARN, f'--data_dir={data_dir}', '--max_iters=8', '--eval_blocks=8', '--final_train_blocks=0']
@@ -139,12 +138,13 @@ def test_samecontext_trains_and_resumes(data_dir, tmp_path):
     with pytest.raises(UserError, match="cannot resume: loss_on = 'text.markup', the checkpoint has 'text'"):
         train.main([*flags, '--dataset=meta_same', f'--out_dir={tmp_path / "meta_same"}', '--max_iters=9',
                     '--loss_on=text+markup', '--init_from=resume'])
-    evaluation.main([f'--from_ckpt={tmp_path / "meta_same"}', f'--data_dir={data_dir}', '--device=cpu',
-                     f'--out={tmp_path}'])
+    run_here('eval.py', f'--from_ckpt={tmp_path / "meta_same"}', f'--data_dir={data_dir}', '--device=cpu',
+             f'--out={tmp_path}')
     row, = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
     assert row['loss_nats'] == pytest.approx(runs.read_run(str(tmp_path / 'meta_same'))['mean_test_loss'], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shard', ['', 'full'])
 def test_hidden_padding_on_two_ranks(data_dir, tmp_path, shard):
     """DDP and FSDP2 hide the same inputs as one process does."""
@@ -221,8 +221,8 @@ def test_loss_on_needs_row_data(train_tiny):
 
 def test_pairs_table(trained, data_dir, tmp_path, capsys):
     """with / without / difference and its interval, per type and together, all pieces and first ones; the probe."""
-    evaluation.main([f'--from_ckpt={trained}', '--pairs=meta', f'--data_dir={data_dir}', '--device=cpu',
-                     '--dtype=float32', f'--out={tmp_path}', '--bootstrap=200'])
+    run_here('eval.py', f'--from_ckpt={trained}', '--pairs=meta', f'--data_dir={data_dir}', '--device=cpu',
+             '--dtype=float32', f'--out={tmp_path}', '--bootstrap=200')
     rows = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
     assert [(r['type'], r['pieces']) for r in rows] == [(t, p) for t in ('url', 'title', 'all')
                                                        for p in ('all', 'first')]
@@ -244,7 +244,7 @@ def test_pair_losses_are_those_of_the_rows_one_by_one(trained, data_dir):
     arms = open_pairs(data_dir, 'meta')['title']
     rows, sums = arms['with'], {}
     for size in (32, 1):
-        sums[size] = pairs.row_sums(model, rows, size, env)
+        sums[size] = score.row_sums(model, rows, size, env)
     np.testing.assert_allclose(sums[32], sums[1], rtol=1e-6, atol=1e-5)
     assert abs(np.subtract(*(s[0].sum() / s[1].sum() for s in sums.values()))) < 1e-6
     for i in (0, 5, 9):
@@ -252,7 +252,7 @@ def test_pair_losses_are_those_of_the_rows_one_by_one(trained, data_dir):
         with torch.no_grad():
             assert float(model(x, y)) == pytest.approx(sums[32][0, i], rel=1e-5)
         assert (y >= 0).sum() == sums[32][1, i]
-    several = [pairs.row_sums(model, rows, 8, OneProcess(rank, 3)) for rank in range(3)]
+    several = [score.row_sums(model, rows, 8, OneProcess(rank, 3)) for rank in range(3)]
     np.testing.assert_allclose(sum(several), sums[32], rtol=1e-6, atol=1e-5)
 
 
@@ -260,25 +260,25 @@ def test_interval_of_the_difference():
     """Every document 0.1 nats better per token: an interval of one point; documents weigh their tokens."""
     tokens = np.array([10.0, 30.0, 60.0] * 20)
     b = np.stack((tokens * np.tile([1.0, 2.0, 3.0], 20), tokens))
-    found = pairs.difference(b - np.stack((0.1 * tokens, 0 * tokens)), b, 100)
+    found = score.difference(b - np.stack((0.1 * tokens, 0 * tokens)), b, 100)
     assert found['without_nats'] == pytest.approx(2.5) and found['difference_nats'] == pytest.approx(-0.1)
     assert found['difference_low'] == pytest.approx(-0.1) and found['difference_high'] == pytest.approx(-0.1)
     half = b.copy()
     half[0, ::2] -= tokens[::2]                                         # half of the tokens 1 nat better
-    wide = pairs.difference(half, b, 500)
+    wide = score.difference(half, b, 500)
     assert wide['difference_low'] < wide['difference_nats'] < wide['difference_high'] < 0
-    none = pairs.difference(half, b, 0)
+    none = score.difference(half, b, 0)
     assert none['difference_low'] is None and none['difference_nats'] == wide['difference_nats']
 
 
 def test_pairs_refuse_other_data(trained, toy, data_dir, tmp_path):
     """A set without pairs, and rows longer than the model."""
     with pytest.raises(UserError, match="'toy' has no paired rows, expected one made by prepare_metadata.py"):
-        evaluation.main([f'--from_ckpt={trained}', '--pairs=toy', f'--data_dir={toy}', f'--out={tmp_path}'])
+        run_here('eval.py', f'--from_ckpt={trained}', '--pairs=toy', f'--data_dir={toy}', f'--out={tmp_path}')
     train.main([*TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={tmp_path / "short"}', '--max_iters=1'])
     with pytest.raises(UserError, match='rows have 64 tokens, .* was built for at most 32'):
-        evaluation.main([f'--from_ckpt={tmp_path / "short"}', '--pairs=meta', f'--data_dir={data_dir}',
-                         f'--out={tmp_path}'])
+        run_here('eval.py', f'--from_ckpt={tmp_path / "short"}', '--pairs=meta', f'--data_dir={data_dir}',
+                 f'--out={tmp_path}')
 
 
 def test_rows_score_as_text(trained, data_dir):

@@ -304,6 +304,7 @@ def test_numbers_are_short():
     assert [plots.power(a) for a in (1e-4, 1.35e-6, 0.5)] == ['1e-4', '1.35e-6', '5e-1']
 
 
+@pytest.mark.slow
 def test_script_takes_paths_and_its_help_needs_no_matplotlib(sweep, tmp_path):
     done = run_script('-X', 'importtime', 'plots.py', '--help')
     assert done.returncode == 0 and 'plot_dir' in done.stdout and 'matplotlib' not in done.stderr

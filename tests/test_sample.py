@@ -130,6 +130,7 @@ def test_main_prints_prompt_samples_and_whole_characters(tmp_path, capfdbinary):
     assert capfdbinary.readouterr().out == b'\n'
 
 
+@pytest.mark.slow
 def test_prompt_from_standard_input_is_bytes(tmp_path):
     """Zero, newline and broken UTF-8 arrive as they are; the output is UTF-8 in any locale."""
     path = always(tmp_path / 'a.pt', ord('!'))
@@ -185,6 +186,7 @@ def test_bad_input(tmp_path, flags, expected):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_reader_may_leave(tmp_path):
     """A closed pipe ends the script without a traceback."""
     path = always(tmp_path / 'a.pt', ord('x'))
@@ -193,6 +195,7 @@ def test_the_reader_may_leave(tmp_path):
     assert len(done.stdout) == 5 and 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch():
     """--help reads the source alone."""
     done = run_script('-X', 'importtime', 'sample.py', '--help')
