@@ -5,12 +5,11 @@ import os
 
 import pytest
 import torch
+from conftest import run_here
 
 import compress
 import distill
-import eval as evaluation
 import prepare_text
-import prune
 import runs
 import sparse
 import train
@@ -59,15 +58,15 @@ def trained(main, out, *flags):
 
 def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
     """Issue 5's commands in their order; each step starts from the last, and transformers loads the end."""
-    assert prune.main(['--from_ckpt=tiny', '--strategy=alt', '--out_dir=out/alt6', '--device=cpu']) == 0
+    assert run_here('prune.py', '--from_ckpt=tiny', '--strategy=alt', '--out_dir=out/alt6', '--device=cpu') == 0
     trained(train.main, 'pretrain', '--n_layer=6', '--init_from=out/alt6')
     record, _ = trained(distill.main, 'distil', '--n_layer=6', '--init_from=out/pretrain', '--teacher=tiny',
                         '--a_cos=1', '--chunk_tokens=64')
     assert record['status'] == 'done' and record['parent']['path'].startswith('out/pretrain')
     _, tuned = trained(train.main, 'tuned', '--n_layer=6', '--init_from=out/distil')
     capsys.readouterr()
-    assert evaluation.main(['--from_ckpt=tiny,out/tuned', '--dataset=bpe', '--split=val,test', '--stride=16',
-                            '--out=out', '--device=cpu']) == 0
+    assert run_here('eval.py', '--from_ckpt=tiny,out/tuned', '--dataset=bpe', '--split=val,test', '--stride=16',
+                    '--out=out', '--device=cpu') == 0
     folder = capsys.readouterr().out.split('wrote ')[-1].strip()
     with open(os.path.join(folder, 'table.csv'), newline='') as f:
         rows = list(csv.DictReader(f))
@@ -105,9 +104,9 @@ def test_sparse_gpt2(procedure):
 
 def test_a_sparse_gpt2_is_packed(place):
     """compress.py on BPE ids: two-part, the tokenizer inside, bit for bit back; the folder or its checkpoint."""
-    prune.main(['--from_ckpt=tiny', '--layers=0,6', '--out_dir=out/two', '--device=cpu'])
-    prune.main(['--from_ckpt=out/two', '--method=magnitude', '--sparsity=0.6', '--out_dir=out/two-sparse',
-                '--device=cpu'])
+    run_here('prune.py', '--from_ckpt=tiny', '--layers=0,6', '--out_dir=out/two', '--device=cpu')
+    run_here('prune.py', '--from_ckpt=out/two', '--method=magnitude', '--sparsity=0.6', '--out_dir=out/two-sparse',
+             '--device=cpu')
     trained(train.main, 'packed', '--n_layer=2', '--init_from=out/two-sparse', '--max_iters=60', '--learning_rate=1e-2')
     assert runs.read_run('out/packed')['sparsity'] > 0.5
     huggingface.main(['export', 'out/packed', 'out/packed-hf'])

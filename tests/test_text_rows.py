@@ -6,9 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_text, snapshot
+from conftest import TINY, make_text, run_here, snapshot
 
-import eval as evaluation
 import prepare_text
 import runs
 import train
@@ -171,8 +170,8 @@ def test_train_and_eval_take_the_rows(data_dir, tmp_path):
         head, *lines = (line.split(',') for line in f.read().splitlines())
     losses = [float(line[head.index('loss_nats')]) for line in lines]
     assert losses[-1] < losses[0] - 0.5
-    evaluation.main([f'--from_ckpt={out}', f'--data_dir={data_dir}', f'--out={tmp_path}', '--device=cpu',
-                     '--dtype=float32', '--bootstrap=50'])
+    run_here('eval.py', f'--from_ckpt={out}', f'--data_dir={data_dir}', f'--out={tmp_path}', '--device=cpu',
+             '--dtype=float32', '--bootstrap=50')
     path, = glob.glob(f'{tmp_path}/eval-*/run.json')
     with open(path) as f:
         row, = json.load(f)['rows']

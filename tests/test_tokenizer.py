@@ -8,12 +8,10 @@ import random
 
 import numpy as np
 import pytest
-from conftest import make_text, snapshot
+from conftest import make_text, run_here, snapshot
 
 import compress
-import eval as evaluation
 import prepare_text
-import sample
 import train
 import train_tokenizer
 from configurator import UserError
@@ -215,8 +213,8 @@ def test_data_in_its_ids_are_the_text(model):
 
 def test_eval_counts_its_bytes(model):
     """Bits per byte are nats over the text's bytes, not over tokens."""
-    evaluation.main([f'--from_ckpt={model / "run"}', f'--data_dir={model / "data"}', f'--out={model / "out"}',
-                     '--device=cpu', '--dtype=float32', '--bootstrap=0'])
+    run_here('eval.py', f'--from_ckpt={model / "run"}', f'--data_dir={model / "data"}', f'--out={model / "out"}',
+             '--device=cpu', '--dtype=float32', '--bootstrap=0')
     path, = glob.glob(str(model / 'out/eval-*/run.json'))
     row, = json.load(open(path))['rows']
     data = open_split(str(model / 'data'), 'text', 'test')
@@ -229,7 +227,7 @@ def test_sample_speaks_it(model, capfdbinary):
     (model / 'prompt').write_bytes(b'the model \xff\xfe')
     flags = f'--from_ckpt={model / "run"}', '--device=cpu', '--max_new_tokens=20'
     for prompt, begin in (('the model', 'the model'), (f'FILE:{model / "prompt"}', 'the model \ufffd\ufffd')):
-        assert sample.main([*flags, f'--prompt={prompt}']) == 0
+        assert run_here('sample.py', *flags, f'--prompt={prompt}') == 0
         said = capfdbinary.readouterr().out.decode()
         assert said.startswith(begin) and len(said) > len(begin) + 15
 
@@ -262,6 +260,6 @@ def test_a_tokenizer_trained_again_is_another_one(model, tmp_path):
     train_tokenizer.main(learn(model, data, '--vocab_size=400', source='english.txt'))
     prepare_text.main([f'--source={model / "english.txt"}', '--name=text', '--tokenizer=own', data])
     with pytest.raises(UserError, match=r"reads 'own@\w{8}' tokens .* holds 'own@\w{8}' tokens"):
-        evaluation.main([f'--from_ckpt={model / "run"}', data, '--dataset=text', f'--out={tmp_path}', '--device=cpu'])
+        run_here('eval.py', f'--from_ckpt={model / "run"}', data, '--dataset=text', f'--out={tmp_path}', '--device=cpu')
     checkpoint['config']['data_dir'] = str(tmp_path)
     assert huggingface.tokenizer_folder(checkpoint) == ''
