@@ -17,7 +17,8 @@ import hashlib
 import numpy as np
 import torch
 
-from codec.layers import Arithmetic, Block, Norm, Parts, Product, Statistics
+from codec.arithmetic import Arithmetic, look_up
+from codec.layers import Block, Norm, Parts, Product, Statistics
 from codec.sites import choose_sites, head_weight, named, reference_sites
 from codec.tables import EXP_STEPS, activation_table, exp_table, rotation_table
 from configurator import UserError
@@ -131,8 +132,9 @@ class Exact:
     def frequencies(self, a):
         """Return integer frequencies (N, V), float32, of head inputs a (N, C)."""
         z = self.head(a)
-        z = z.sub_(z.amax(-1, keepdim=True)).neg_().clamp_max_(len(self.frequency_table) - 1)
-        return self.frequency_table.index_select(0, z.to(torch.int32).view(-1)).view(z.shape)
+        z.sub_(z.amax(-1, keepdim=True)).neg_()
+        z.clamp_max_(len(self.frequency_table) - 1)
+        return look_up(self.frequency_table, z)
 
 
 class Cache:

@@ -11,9 +11,9 @@ import math
 import numpy as np
 import torch
 
+from codec.arithmetic import divide, look_up
 from codec.sites import WIDE_LIMIT, attention_limits, norm_bits, product_limit, triangles
-from codec.tables import ACTIVATION_ENTRIES, EXP_STEPS, activation_table, exp_table
-from configurator import UserError
+from codec.tables import ACTIVATION_ENTRIES, ACTIVATION_FRACTION, EXP_STEPS, activation_table, exp_table
 
 INT8_FROM = 1 << 16                             # entries of a matrix from which int8 products are faster
 INT8_ROWS = 256                                 # rows that they take at a time: these stay in the cache
@@ -21,83 +21,6 @@ MAX_LIMBS = 2                                   # int8 matrices that a matrix ma
 EPSILON = 1e-5                                  # of every norm in model.py
 NORM_SCALE = 4096.0                             # fixed point of queries and keys that QK-norm normalises
 SCORES_AT_ONCE = 1 << 20                        # attention scores held at a time (4 MB: they stay in the cache)
-
-
-# --- the device ---
-
-def _extreme_factors(rng, bits, shape):
-    """Return integer factors (max(b, 1), m, k) and (max(b, 1), k, n), one of whose sums reaches 2^bits."""
-    b, m, k, n = shape
-    low = 1 << bits // 2 - 3
-    high = ((1 << bits) - 1) // (low * k)
-    x = rng.choice([-low, low, low - 1, 1, 0, low // 2 + 1], (max(b, 1), m, k))
-    y = rng.choice([-high, high, high - 1, 1, 0, high // 2 + 1], (max(b, 1), k, n))
-    x[:, 0] = low
-    y[:, :, 0] = high
-    return x, y
-
-
-def _floats_are_exact(rng, dtype, bits, device):
-    """Whether products in dtype of several shapes are those of int64."""
-    exact = True
-    for shape in ((0, 1, 64, 192), (0, 67, 256, 130), (0, 5, 1024, 33), (6, 1, 16, 200), (6, 33, 200, 16)):
-        x, y = _extreme_factors(rng, bits, shape)
-        product = torch.matmul(torch.tensor(x, dtype=dtype, device=device), torch.tensor(y, dtype=dtype, device=device))
-        expected = x.astype(np.int64) @ y.astype(np.int64)
-        if not np.array_equal(product.cpu().numpy().astype(np.int64), expected):
-            exact = False
-    return exact
-
-
-def _int8_is_exact(rng):
-    """Whether int8 products sum exactly: a second factor outside [-64, 63] saturates on some CPUs."""
-    x = rng.choice([-64, 63, 62, -1], (33, 512))
-    y = rng.choice([-64, 63, 62, -1], (512, 96))
-    x[0] = -64
-    y[:, 0] = -64
-    x[1] = 63
-    y[:, 1] = 63
-    product = torch._int_mm(torch.tensor(x, dtype=torch.int8), torch.tensor(y, dtype=torch.int8))
-    return np.array_equal(product.numpy(), x @ y)
-
-
-@functools.lru_cache(None)
-def known_answer(device):
-    """Test products with extreme values against int64; returns the dtypes that are exact here, float64 first."""
-    torch.set_float32_matmul_precision('highest')
-    torch.backends.cuda.matmul.allow_tf32 = False
-    rng = np.random.default_rng(7)
-    good = [dtype for dtype, bits in ((torch.float64, 53), (torch.float32, 24))
-            if _floats_are_exact(rng, dtype, bits, device)]
-    if torch.device(device).type == 'cpu' and _int8_is_exact(rng):
-        good.append(torch.int8)
-    if torch.float64 not in good:
-        raise UserError(f'{device} does not sum integers exactly in float64; use --device=cpu')
-    return tuple(good)
-
-
-class Arithmetic:
-    """Where a model runs and in which types. float64_only: every product in float64, which must change nothing."""
-
-    def __init__(self, device, float64_only):
-        exact = known_answer(device)
-        self.device = device
-        self.float32_exact = torch.float32 in exact and not float64_only
-        self.int8_exact = self.float32_exact and torch.int8 in exact
-
-    def put(self, array, dtype=torch.float64):
-        """Return a numpy array as a tensor on the device."""
-        return torch.from_numpy(np.ascontiguousarray(array, np.float64)).to(dtype).to(self.device)
-
-    def types(self, wide):
-        """Return (type of what follows a product, the same on every machine; type that the product runs in here)."""
-        dtype = torch.float64 if wide else torch.float32
-        return dtype, dtype if self.float32_exact else torch.float64
-
-
-def divide(number, x):
-    """number / x as a division of tensors: with a scalar on one side torch may multiply by a reciprocal."""
-    return torch.full_like(x, number).div_(x)
 
 
 # --- sites ---
@@ -116,13 +39,18 @@ class Statistics:
 
     def add(self, rounding, y):
         """Count y, in steps of the scale of a Rounding."""
-        largest, mean_square, n = self.seen.get(rounding.name, (0.0, 0.0, 0))
+        name = rounding.name
+        before, mean_square, n = self.seen.get(name, (0.0, 0.0, 0))
+        total = n + y.numel()
         real = y.double() / rounding.scale
-        m = y.numel()
-        mean_square = (mean_square * n + float(real.square().sum())) / (n + m)
-        self.seen[rounding.name] = [max(largest, float(real.abs().max())), mean_square, n + m]
-        self.n_clamped += int((y.abs() > rounding.limit + 0.5).sum())
-        self.n_rounded += m
+        largest = float(real.abs().max())
+        squares = float(real.square().sum())
+        mean_square = (mean_square * n + squares) / total
+        self.seen[name] = [max(before, largest), mean_square, total]
+        clamped = y.abs() > rounding.limit + 0.5
+        n_clamped = clamped.sum()
+        self.n_clamped += int(n_clamped)
+        self.n_rounded += y.numel()
 
 
 class Rounding:
@@ -158,18 +86,17 @@ class Parts:
         self.prefix = prefix                    # of the names of weights: 'blocks.0.'
         self.site_prefix = site_prefix          # of the names of sites: '0.'
 
-    def values(self, name):
-        """Return what integers and scales stand for, float64; None if the model has no such tensor."""
+    def matrix(self, name):
+        """Return (integers, scales) of a matrix."""
+        return self.tensors[f'{self.prefix}{name}']
+
+    def scaled(self, name, scale, dtype=torch.float64):
+        """Return the values of a tensor times a scale, on the device; None if the model has no such tensor."""
         name = f'{self.prefix}{name}'
         if name not in self.tensors:
             return None
-        q, scale = self.tensors[name]
-        return q * scale
-
-    def scaled(self, name, scale):
-        """Return values times a scale, on the device; None if the model has no such tensor."""
-        values = self.values(name)
-        return None if values is None else self.arithmetic.put(values * scale)
+        q, step = self.tensors[name]
+        return self.arithmetic.put(q * step * scale, dtype)
 
     def rounding(self, site, limit):
         return Rounding(f'{self.site_prefix}{site}', self.scale[site], limit, self.statistics)
@@ -190,6 +117,12 @@ def limbs_of(q):
     return limbs
 
 
+def per_row(scale, rows):
+    """Return the scales of a matrix's rows (rows,), float64."""
+    scale = np.asarray(scale, np.float64).reshape(-1)
+    return np.broadcast_to(scale, (rows,))
+
+
 class Product:
     """Integers times a matrix of integers: y = (a @ weight)·factor + shift, in `out` units per real unit.
 
@@ -198,21 +131,22 @@ class Product:
     """
 
     def __init__(self, parts, name, site, out, weight=''):
-        q, scale = parts.tensors[f'{parts.prefix}{weight or name + ".weight"}']
-        bias = parts.values(f'{name}.bias')
+        arithmetic = parts.arithmetic
+        q, scale = parts.matrix(weight or f'{name}.weight')
         wide = parts.wide[name]
-        put = parts.arithmetic.put
-        self.dtype, self.run = parts.arithmetic.types(wide)
+        dtype, run = arithmetic.types(wide)
+        self.dtype = dtype                      # of the results, the same on every machine
+        self.run = run                          # in which they are computed here
         self.input = parts.rounding(site, product_limit(q, wide))
+        self.weight = arithmetic.put(q.T, run)                                  # (in, out)
 
         # Units of the input go out of a row's scale, units of the output into it.
-        scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (len(q),))
-        self.weight = put(q.T, self.run)                                        # (in, out)
-        self.factor = put(scale / self.input.scale * out, self.dtype)
-        self.shift = None if bias is None else put(bias * out, self.dtype)
+        factor = per_row(scale, len(q)) / self.input.scale * out
+        self.factor = arithmetic.put(factor, dtype)
+        self.shift = parts.scaled(f'{name}.bias', out, dtype)
 
         self.limbs = []
-        if parts.arithmetic.int8_exact and not wide and q.size >= INT8_FROM:
+        if arithmetic.int8_exact and not wide and q.size >= INT8_FROM:
             self.limbs = limbs_of(q)
 
     def __call__(self, a):
@@ -228,64 +162,67 @@ class Product:
         """Integers a (..., in) times the matrix: by int8 products of base-128 limbs where faster, else in floats."""
         if self.limbs:
             return self.multiply_limbs(a)
-        return torch.matmul(a.to(self.run), self.weight).to(self.dtype)
+        y = torch.matmul(a.to(self.run), self.weight)
+        return y.to(self.dtype)
 
     def multiply_limbs(self, a):
-        out = torch.empty(*a.shape[:-1], self.weight.size(1))
-        parts = a.reshape(-1, a.size(-1)).split(INT8_ROWS)
-        for part, target in zip(parts, out.view(-1, out.size(-1)).split(INT8_ROWS)):
-            high = ((part + 64) * (1 / 128)).floor_()
-            low = (part - high * 128).to(torch.int8)
+        columns, rows_out = self.weight.shape
+        out = torch.empty(*a.shape[:-1], rows_out)
+        inputs = a.reshape(-1, columns).split(INT8_ROWS)
+        outputs = out.view(-1, rows_out).split(INT8_ROWS)
+        for x, target in zip(inputs, outputs):
+            high = ((x + 64) * (1 / 128)).floor_()
+            low = (x - high * 128).to(torch.int8)
             high = high.to(torch.int8)
             total = None
             for limb in reversed(self.limbs):   # int32 sums, all below 2^24 in the end
-                y = torch._int_mm(high, limb).mul_(128).add_(torch._int_mm(low, limb))
+                y = torch._int_mm(high, limb).mul_(128)
+                y.add_(torch._int_mm(low, limb))
                 total = y if total is None else total.mul_(128).add_(y)
             target.copy_(total)
         return out
-
-    def raise_by(self, offset):
-        """Add a number to every output from now on."""
-        if self.shift is None:
-            self.shift = torch.tensor(offset, dtype=self.dtype, device=self.weight.device)
-        else:
-            self.shift = self.shift + offset
 
 
 class MixingProduct:
     """As Product, for the triangles of a mixer: G matrices (W, W) over the positions."""
 
     def __init__(self, parts, name, site, out):
-        folded, scale = parts.tensors[f'{parts.prefix}{name}.weight']
-        bias = parts.values(f'{name}.bias')
+        arithmetic = parts.arithmetic
+        folded, scale = parts.matrix(f'{name}.weight')
+        W = parts.args['block_size']
+        q = triangles(folded, W)
+        G = len(q)
         wide = parts.wide[name]
-        put = parts.arithmetic.put
-        self.W = parts.args['block_size']
-        q = triangles(folded, self.W)                                           # (G, W, W)
-        self.dtype, self.run = parts.arithmetic.types(wide)
-        self.input = parts.rounding(site, product_limit(q.reshape(-1, self.W), wide))
+        dtype, run = arithmetic.types(wide)
+        limit = product_limit(q.reshape(-1, W), wide)
+        self.dtype = dtype
+        self.run = run
+        self.input = parts.rounding(site, limit)
+        self.weight = arithmetic.put(q, run)                                    # (G, W, W)
 
         # A folded row holds two rows of its matrix, one from either end, and both have its scale.
-        scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (len(q) * self.W // 2,))
-        scale = scale.reshape(len(q), -1)
-        scale = np.concatenate((scale, scale[:, ::-1]), 1)[:, :, None]
-        self.weight = put(q, self.run)
-        self.factor = put(scale / self.input.scale * out, self.dtype)           # (G, W, 1)
-        self.shift = None if bias is None else put((bias * out).reshape(len(q), -1, 1), self.dtype)
+        of_folded = per_row(scale, len(folded)).reshape(G, -1)
+        scale = np.concatenate((of_folded, of_folded[:, ::-1]), 1)
+        factor = scale / self.input.scale * out
+        self.factor = arithmetic.put(factor, dtype).unsqueeze(-1)               # (G, W, 1)
+        shift = parts.scaled(f'{name}.bias', out, dtype)
+        self.shift = None if shift is None else shift.view(G, W, 1)
 
     def mix(self, v, first, stop):
         """Positions first to stop of the mixtures (G, n, B·D) of integers v (H, stop, B·D), G/H of each head."""
-        weight = self.weight.view(len(v), -1, self.W, self.W)[:, :, first:stop, :stop].flatten(1, 2)
-        y = torch.bmm(weight, v).to(self.dtype).view(len(self.weight), stop - first, -1)
-        y.mul_(self.factor[:, first:stop])
+        H = len(v)
+        G = len(self.weight)
+        rows = self.weight[:, first:stop, :stop].reshape(H, -1, stop)           # of all matrices of a head
+        y = torch.bmm(rows, v).to(self.dtype)
+        y = y.view(G, stop - first, -1).mul_(self.factor[:, first:stop])
         return y if self.shift is None else y.add_(self.shift[:, first:stop])
 
-    def raise_by(self, offset):
-        """Add a number to every output from now on."""
-        if self.shift is None:
-            self.shift = torch.full_like(self.factor, offset)
-        else:
-            self.shift = self.shift + offset
+
+def raise_outputs(product, offset):
+    """Add a number to every output of a Product or MixingProduct from now on."""
+    if product.shift is None:
+        product.shift = torch.zeros_like(product.factor)
+    product.shift = product.shift + offset
 
 
 class Activation:
@@ -295,20 +232,21 @@ class Activation:
     """
 
     def __init__(self, parts, kind, site, before, after):
-        before.raise_by(ACTIVATION_ENTRIES / 2 + 0.5)
+        raise_outputs(before, ACTIVATION_ENTRIES / 2 + 0.5)
         self.input = parts.rounding(site, ACTIVATION_ENTRIES / 2)
         self.output = after.input
-        steps = int(math.log2(self.input.scale))
-        table = activation_table(kind, steps).astype(np.float64) * (self.output.scale / 2 ** 32)
+        octave = int(math.log2(self.input.scale))
+        table = activation_table(kind, octave)
+        unit = self.output.scale / (1 << ACTIVATION_FRACTION)
+        steps = np.rint(table.astype(np.float64) * unit)
         limit = self.output.limit
-        self.table = parts.arithmetic.put(np.rint(table).clip(-limit, limit), after.dtype)
+        self.table = parts.arithmetic.put(steps.clip(-limit, limit), after.dtype)
 
     def __call__(self, z):
         """Return integers for sums z, which are overwritten."""
         if self.input.statistics.on:
             self.input.look(z - ACTIVATION_ENTRIES / 2)
-        index = z.clamp_(0, ACTIVATION_ENTRIES - 1).to(torch.int32)
-        a = self.table.index_select(0, index.view(-1)).view(z.shape)
+        a = look_up(self.table, z.clamp_(0, ACTIVATION_ENTRIES - 1))
         self.output.look(a)
         return a
 
@@ -325,7 +263,8 @@ class Norm:
     def __init__(self, parts, site, name='', output=None):
         self.C = parts.args['n_embd']
         self.centred = parts.args['norm'] == 'layernorm'
-        self.input = parts.rounding(site, float((1 << norm_bits(self.C)) - 1))
+        largest = (1 << norm_bits(self.C)) - 1
+        self.input = parts.rounding(site, float(largest))
         if output is not None:
             self.gain = parts.scaled(f'{name}.weight', output.scale)
             self.shift = parts.scaled(f'{name}.bias', output.scale)
@@ -335,14 +274,19 @@ class Norm:
         scale = self.input.scale
         d = self.input.fit(x * scale)
         if self.centred:
-            d -= (d.sum(-1, keepdim=True) * (1.0 / self.C)).round_()
-        variance = (d * d).sum(-1, keepdim=True) * (1.0 / (self.C * scale * scale))
-        return d, divide(1.0 / scale, (variance + EPSILON).sqrt_())
+            mean = d.sum(-1, keepdim=True) * (1.0 / self.C)
+            d -= mean.round_()
+        squares = (d * d).sum(-1, keepdim=True)
+        variance = squares * (1.0 / (self.C * scale * scale))
+        deviation = (variance + EPSILON).sqrt_()
+        return d, divide(1.0 / scale, deviation)
 
     def multiply(self, x, product):
         """Return a Product of the normalised states."""
+        site = product.input
         d, factor = self.deviations(x)
-        return product(product.input.fit(d * (factor * product.input.scale)))
+        a = site.fit(d * (factor * site.scale))
+        return product(a)
 
     def apply(self, x):
         """Return the normalised states with gain and bias, in units of the output."""
@@ -358,82 +302,110 @@ class Attention:
 
     def __init__(self, parts, rotation):
         args = parts.args
-        scale = parts.scale
         wide = parts.wide['attention']
+        W = args['block_size']
+        C = args['n_embd']
         self.name = parts.site_prefix
         self.H = args['n_head']
-        self.C = args['n_embd']
-        self.D = self.C // self.H
+        self.D = C // self.H
         self.rotation = rotation                # cos and sin (W, D/2) of rotary positions, or None
         self.qk_norm = args['qk_norm']
 
-        # Queries and keys leave their product in units of their sites, or of the norm between.
-        query_key = [NORM_SCALE, NORM_SCALE] if self.qk_norm else [scale['q'], scale['k']]
-        self.norm = Norm(parts, 'x1')
-        self.qkv = Product(parts, 'attention.qkv', 'a1', np.repeat(query_key + [scale['v']], self.C))
-        self.gain_q = parts.scaled('attention.q_norm.weight', scale['q'])
-        self.gain_k = parts.scaled('attention.k_norm.weight', scale['k'])
-
         # The clamps keep every sum of the two products inside exact.
-        self.dtype, self.run = parts.arithmetic.types(wide)
-        limits = attention_limits(wide, self.D, args['block_size'])
+        limits = attention_limits(wide, self.D, W)
         self.q = parts.rounding('q', limits.query_key)
         self.k = parts.rounding('k', limits.query_key)
         self.v = parts.rounding('v', limits.value)
         self.total = limits.total
+        self.dtype, self.run = parts.arithmetic.types(wide)
+
+        # Queries and keys leave their product in units of their sites, or of the norm between.
+        units = [self.q.scale, self.k.scale, self.v.scale]
+        if self.qk_norm:
+            units[:2] = [NORM_SCALE, NORM_SCALE]
+        self.norm = Norm(parts, 'x1')
+        units = np.repeat(units, C)
+        self.qkv = Product(parts, 'attention.qkv', 'a1', units)
+        self.gain_q = parts.scaled('attention.q_norm.weight', self.q.scale)
+        self.gain_k = parts.scaled('attention.k_norm.weight', self.k.scale)
 
         # Scores below the largest become steps of the table of exp, whose sum over W positions is below 2^24.
-        self.step = float(np.float32(EXP_STEPS / (scale['q'] * scale['k'] * math.sqrt(self.D))))
-        top_bits = 24 if wide else min(16, 23 - math.ceil(math.log2(args['block_size'])))
-        self.exp = parts.arithmetic.put(exp_table(1 << top_bits, 0), self.dtype)
+        step = EXP_STEPS / (self.q.scale * self.k.scale * math.sqrt(self.D))
+        self.step = float(np.float32(step))
+        room = 23 - math.ceil(math.log2(W))
+        top_bits = 24 if wide else min(16, room)
+        table = exp_table(1 << top_bits, 0)
+        self.exp = parts.arithmetic.put(table, self.dtype)
+
+        # Sums of weights times values, over their total, become integers again.
         self.proj = Product(parts, 'attention.proj', 'o', 1.0)
-        self.out_step = float(np.float32(scale['o'] / (scale['v'] * self.total)))
+        out_step = self.proj.input.scale / (self.v.scale * self.total)
+        self.out_step = float(np.float32(out_step))
 
     def __call__(self, x, cache, start, n):
         """x (B, T, C) of positions from start on -> the last n of them with their attention added."""
-        stop = start + x.size(1)
+        B, T, _ = x.shape
         z = self.norm.multiply(x, self.qkv)
-        q, k, v = z.view(*x.shape[:2], 3, self.H, self.D).permute(2, 0, 3, 1, 4)                # (B, H, T, D) each
-        q = self.query_key(q[:, :, -n:], self.gain_q, self.q, stop - n)
-        k = self.query_key(k, self.gain_k, self.k, start).transpose(2, 3)       # positions are last: faster
-        v = self.v.fit(v.to(self.dtype, copy=True)).to(self.run)
+        z = z.view(B, T, 3, self.H, self.D)
+        q, k, v = z.permute(2, 0, 3, 1, 4)                                      # (B, H, T, D) each
+        q = q[:, :, -n:]
+        q = self.query_key(q, self.gain_q, self.q, start + T - n)
+        k = self.query_key(k, self.gain_k, self.k, start)
+        k = k.transpose(2, 3)                                                   # positions are last: faster
+        v = self.v.fit(v.to(self.dtype, copy=True))
+        v = v.to(self.run)
         if cache:
             k = cache.extend((self.name, 'k'), k, 3, start)
             v = cache.extend((self.name, 'v'), v, 2, start)
         x = x[:, -n:]
-        y = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)
-        return self.proj.add_to(x, self.proj.input.fit(y.mul_(self.out_step)))
+        y = self.attend(q, k, v)
+        y = y.transpose(1, 2).reshape(x.shape)
+        a = self.proj.input.fit(y.mul_(self.out_step))
+        return self.proj.add_to(x, a)
 
     def query_key(self, z, gain, rounding, start):
         """QK-norm, rotary positions, rounding; z (B, H, T, D) in units of its site, or of the norm."""
         if self.qk_norm:
             z = z.double().round_().clamp_(-WIDE_LIMIT, WIDE_LIMIT)
-            mean = (z * z).sum(-1, keepdim=True) * (1.0 / (self.D * NORM_SCALE * NORM_SCALE))
-            z = z * divide(1.0 / NORM_SCALE, (mean + EPSILON).sqrt_()) * gain
+            squares = (z * z).sum(-1, keepdim=True)
+            mean = squares * (1.0 / (self.D * NORM_SCALE * NORM_SCALE))
+            deviation = (mean + EPSILON).sqrt_()
+            factor = divide(1.0 / NORM_SCALE, deviation)
+            z = z * factor * gain
         if self.rotation is not None:
             stop = start + z.size(2)
-            cos = self.rotation[0][start:stop]
-            sin = self.rotation[1][start:stop]
+            cos, sin = self.rotation
+            cos = cos[start:stop]
+            sin = sin[start:stop]
             first, second = z.double().chunk(2, -1)
-            z = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
-        return rounding.fit(z.to(self.dtype, copy=True)).to(self.run)
+            turned_first = first * cos - second * sin
+            turned_second = first * sin + second * cos
+            z = torch.cat((turned_first, turned_second), -1)
+        a = rounding.fit(z.to(self.dtype, copy=True))
+        return a.to(self.run)
 
     def attend(self, q, k, v):
         """Causal attention on integers: q (B, H, n, D) are the last n positions of k (B, H, D, T), v (B, H, T, D)."""
         B, H, n, _ = q.shape
         T = k.size(3)
         out = torch.empty_like(q)
-        step = max(1, min(n, SCORES_AT_ONCE // (B * H * T)))
+        step = SCORES_AT_ONCE // (B * H * T)                                    # queries at a time
+        step = max(1, min(n, step))
         for i in range(0, n, step):
             j = min(i + step, n)
             t = T - n + j                                                       # positions that query j - 1 sees
-            scores = torch.matmul(q[:, :, i:j], k[:, :, :, :t]).to(self.dtype)  # (B, H, j - i, t)
+            scores = torch.matmul(q[:, :, i:j], k[..., :t])                     # (B, H, j - i, t)
+            scores = scores.to(self.dtype)
             if j - i > 1:
-                later = torch.ones(j - i, j - i, dtype=torch.bool, device=scores.device).triu_(1)
-                scores[..., t - (j - i):].masked_fill_(later, -math.inf)
-            scores.sub_(scores.amax(-1, keepdim=True)).mul_(-self.step).clamp_max_(len(self.exp) - 1)
-            p = self.exp.index_select(0, scores.to(torch.int32).view(-1)).view(scores.shape)
-            p.mul_(divide(self.total, p.sum(-1, keepdim=True))).round_()
+                later = scores.new_ones(j - i, j - i, dtype=torch.bool).triu_(1)
+                scores[..., i - j:].masked_fill_(later, -math.inf)
+
+            # Weights in steps of the table of exp, brought to their total.
+            scores.sub_(scores.amax(-1, keepdim=True))
+            scores.mul_(-self.step).clamp_max_(len(self.exp) - 1)
+            p = look_up(self.exp, scores)
+            total = p.sum(-1, keepdim=True)
+            p.mul_(divide(self.total, total)).round_()
             out[:, :, i:j] = torch.matmul(p.to(self.run), v[:, :, :t])
         return out.to(self.dtype)
 
@@ -452,7 +424,8 @@ class Mixer:
 
         # A flat mixer adds to the residual states, in real units; several heads enter a projection.
         out = 1.0 if self.flat else scale['o']
-        self.mixing = MixingProduct(parts, 'mixer.mix', 'v', scale['vu'] if self.expansion else out)
+        mixed = scale['vu'] if self.expansion else out
+        self.mixing = MixingProduct(parts, 'mixer.mix', 'v', mixed)
         if self.expansion:
             self.mixing_down = MixingProduct(parts, 'mixer.mix_down', 'vd', out)
             self.activation = Activation(parts, 'gelu', 'vu', self.mixing, self.mixing_down)
@@ -467,30 +440,40 @@ class Mixer:
 
     def __call__(self, x, cache, start, n):
         """x (B, T, C) of positions from start on -> the last n of them with their mixtures added."""
-        stop = start + x.size(1)
+        B, T, C = x.shape
+        H = self.H
+        D = self.D
+        stop = start + T
+        mixing = self.mixing
         v = self.norm.apply(x) if self.flat else self.norm.multiply(x, self.heads)
-        v = v.view(*x.shape[:2], self.H, self.D).permute(2, 1, 0, 3).reshape(self.H, x.size(1), -1)     # (H, T, B·D)
-        v = self.mixing.input.fit(v.to(self.mixing.dtype, copy=True)).to(self.mixing.run)
+        v = v.view(B, T, H, D).permute(2, 1, 0, 3)
+        v = v.reshape(H, T, B * D)
+        v = mixing.input.fit(v.to(mixing.dtype, copy=True))
+        v = v.to(mixing.run)
         if cache:
             v = cache.extend((self.name, 'v'), v, 1, start)
         if self.expansion:
-            y = self.expanded(v, cache, start, stop, n)
+            y = self.expanded(v, cache, start, n)
         else:
-            y = self.mixing.mix(v, stop - n, stop)
+            y = mixing.mix(v, stop - n, stop)
         x = x[:, -n:]
-        y = y.view(self.H, n, -1, self.D).permute(2, 1, 0, 3).reshape(len(x), n, -1)
+        y = y.view(H, n, B, D).permute(2, 1, 0, 3)
+        y = y.reshape(B, n, C)
         if self.flat:
             return x + y.double()
-        return self.proj.add_to(x, self.proj.input.fit(y))
+        a = self.proj.input.fit(y)
+        return self.proj.add_to(x, a)
 
-    def expanded(self, v, cache, start, stop, n):
+    def expanded(self, v, cache, start, n):
         """The last n positions of mix, GELU, mix, sum of integers v (H, stop, B·D)."""
+        stop = v.size(1)
         z = self.mixing.mix(v, start, stop)                                     # (H·e, T, B·D)
         g = self.activation(z).to(self.mixing_down.run)
         if cache:
             g = cache.extend((self.name, 'g'), g, 1, start)
-        parts = self.mixing_down.mix(g, stop - n, stop).view(self.H, self.expansion, n, -1).unbind(1)
-        return functools.reduce(torch.add, parts)                               # a sum's order would be torch's own
+        y = self.mixing_down.mix(g, stop - n, stop)                             # (H·e, n, B·D)
+        y = y.view(self.H, self.expansion, n, -1)
+        return functools.reduce(torch.add, y.unbind(1))                         # a sum's order would be torch's own
 
 
 class FeedForward:
@@ -504,7 +487,9 @@ class FeedForward:
 
     def __call__(self, x):
         """x (B, n, C) -> the same with the outputs added."""
-        return self.down.add_to(x, self.activation(self.norm.multiply(x, self.up)))
+        z = self.norm.multiply(x, self.up)
+        a = self.activation(z)
+        return self.down.add_to(x, a)
 
 
 class Block:

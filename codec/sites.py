@@ -89,14 +89,13 @@ class Settings(NamedTuple):
 def named(args, codes, flags):
     """Give the archive's flat lists of scale codes and flags their names; returns Settings per block, the head's last.
 
-    Lists that are too short for the model are an error.
+    ValueError if the lists are too short for the model.
     """
     all_sites = list(layout(args))
     n_sites = sum(len(sites) for sites in all_sites)
     n_products = sum(bool(site.product) for sites in all_sites for site in sites)
     if len(codes) < n_sites or len(flags) < n_products:
-        raise UserError(f'{len(codes)} scales and {len(flags)} flags for a model that has {n_sites} and {n_products};'
-                        ' the archive is damaged')
+        raise ValueError(f'{len(codes)} scales and {len(flags)} flags for a model of {n_sites} and {n_products}')
     codes = iter(codes)
     flags = iter(flags)
     out = []

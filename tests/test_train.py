@@ -34,7 +34,6 @@ from conftest import (
 
 import score
 import sparse
-import train
 from configurator import UserError
 from corpus import bins, data
 from model import GPT, config_from_knobs
@@ -673,11 +672,11 @@ def test_pruning_needs_a_validation_split(train_tiny, tmp_path):
 
 
 @pytest.mark.parametrize('batch, ranks, micro', [(8, 3, 0), (4, 8, 0), (16, 2, 3)])
-def test_batch_that_ranks_cannot_share_shows_the_numbers(batch, ranks, micro):
+def test_batch_that_ranks_cannot_share_shows_the_numbers(batch, ranks, micro, train_tiny, monkeypatch):
     """The effective batch is one number; what does not divide it must be said with the nearest that does."""
-    k = train_knobs(f'--batch_size={batch}', f'--micro_batch_size={micro}')
+    monkeypatch.setenv('WORLD_SIZE', str(ranks))
     with pytest.raises(UserError, match=f'batch_size = {batch} is not a multiple of {ranks} ranks'):
-        train.check_knobs(k, ranks)
+        train_tiny(f'--batch_size={batch}', f'--micro_batch_size={micro}')
 
 
 # --- as a user calls it ---

@@ -1,11 +1,13 @@
-"""exact.py, layers.py, sites.py: the integer model against the float model, the same integers however it is run."""
+"""exact.py and what it stands on: the integer model against the float model, the same integers however it is run."""
+import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from codec import exact, layers, sites, weights
+from codec import arithmetic, exact, layers, sites, weights
+from corpus.bins import mix64
 from model import GPT, ModelConfig, Triangles, model_args
 
 SHAPES = [
@@ -58,6 +60,31 @@ def build(model, levels=127, **options):
 def test_tables_hash_is_golden():
     """Another value means that archives written before can no longer be read: then raise container.VERSION."""
     assert exact.tables_hash(model_args(tiny())) == '132179331022dd1d'
+
+
+GOLDEN = [
+    (dict(qk_norm=True, positions='rotary'), '5a492063890c0679'),
+    (dict(block_type='mixer', positions='none', final_norm=False), '8d15035304c8962b'),
+    (dict(block_type='multihead_mixer', positions='none', expansion=2), '13ea4693f26ce0df')]
+
+
+@pytest.mark.parametrize('options, golden', GOLDEN)
+def test_order_of_sites_and_products_is_golden(options, golden):
+    """Scales and flags that differ from place to place: another order, or other arithmetic, makes other frequencies."""
+    args = model_args(GPT(ModelConfig(block_size=16, n_layer=2, n_head=2, n_embd=16, **options)))
+    tensors = {}
+    first = 0
+    for name, shape in weights.shapes(args).items():
+        n = math.prod(shape)
+        hashed = mix64(np.arange(first, first + n, dtype=np.uint64)).reshape(shape)
+        tensors[name] = (hashed % np.uint64(15)).astype(np.int32) - 7, np.full(shape[:-1] + (1,), 1 / 16)
+        first += n
+    codes, wide = sites.reference_sites(args)
+    codes = [code + 4 * (i % 3) - 4 for i, code in enumerate(codes)]
+    wide = [int(i % 3 == 1) for i in range(len(wide))]
+    model = exact.Exact(args, tensors, codes, wide)
+    f = model.frequencies(model.forward(torch.from_numpy(rows(2, 16)[:, :-1])))
+    assert hashlib.sha256(f.numpy().astype('<f4').tobytes()).hexdigest()[:16] == golden
 
 
 @pytest.mark.parametrize('options', SHAPES)
@@ -197,7 +224,7 @@ def test_known_answer_falls_back(monkeypatch):
     """A device whose float32 sums are not exact runs everything in float64, with the same integers."""
     model = tiny()
     want = build(model).forward(torch.from_numpy(rows(2, 48)[:, :-1]))
-    monkeypatch.setattr(layers, 'known_answer', lambda device: (torch.float64,))
+    monkeypatch.setattr(arithmetic, 'known_answer', lambda device: (torch.float64,))
     e = build(model)
     assert e.head.run is torch.float64
     assert torch.equal(e.forward(torch.from_numpy(rows(2, 48)[:, :-1])).float(), want)
