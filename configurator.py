@@ -265,11 +265,20 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
 
 def require(*rules):
     """Raise one UserError that lists every rule that fails; a rule is (holds, message with the value and the cure)."""
-    problems = [message for holds, message in rules if not holds]
-    if len(problems) > 1:
-        problems = ['; '.join(f'({i}) {p}' for i, p in enumerate(problems, 1))]
-    if problems:
+    refuse(failed(*rules))
+
+
+def failed(*rules):
+    """Return the messages of the rules that fail."""
+    return [message for holds, message in rules if not holds]
+
+
+def refuse(problems):
+    """Raise one UserError that lists all problems; none, no error."""
+    if len(problems) == 1:
         raise UserError(problems[0])
+    if problems:
+        raise UserError('; '.join(f'({i}) {problem}' for i, problem in enumerate(problems, 1)))
 
 
 def one_of(name, value, choices):
