@@ -599,7 +599,10 @@ class GPT(Stack):
 # the ones before them: corpus/objectives.py makes such rows, and rows for copying, of any data set.
 
 class WithEncoder(GPT):
-    """A decoder with `encoder`, a stack of its own; encoder_length, decoder_length: positions of each."""
+    """A decoder with `encoder`, a stack of its own; encoder_length, decoder_length: positions of each.
+
+    Called with blind=True the decoder gets zeros in the vector's place.
+    """
 
     def __init__(self, config, encoder_length, decoder_length):
         super().__init__(replace(config, block_size=decoder_length, wrapper=''))
@@ -631,9 +634,10 @@ class WithEncoder(GPT):
     def new_cache(self):
         raise UserError(f'wrapper = {self.config.wrapper!r} reads whole rows and cannot generate text token by token')
 
-    def given(self, vector):
-        """The vector as the decoder sees it, (B, C)."""
-        return self.widen(vector) if self.widen else vector
+    def given(self, vector, blind=False):
+        """Return the vector as the decoder sees it, (B, C); zeros of its shape where the decoder is to be blind."""
+        seen = self.widen(vector) if self.widen else vector
+        return torch.zeros_like(seen) if blind else seen
 
 
 class Autoencoder(WithEncoder):
@@ -651,8 +655,8 @@ class Autoencoder(WithEncoder):
             self.unroll = Linear(config.n_embd // 2, config.n_embd, bias=config.bias)
         self.init_weights()
 
-    def decode(self, vector, y=None):
-        vector = self.given(vector)                                     # (B, C)
+    def decode(self, vector, y=None, blind=False):
+        vector = self.given(vector, blind)                              # (B, C)
         T = self.config.block_size
         C = self.config.n_embd
         if self.unroll:
@@ -664,8 +668,8 @@ class Autoencoder(WithEncoder):
             h = vector[:, None].expand(-1, T, -1)
         return self.scored(self.head(self.hidden(h)), y)
 
-    def forward(self, x, y=None):
-        return self.decode(self.encode(self.check(x)), y)
+    def forward(self, x, y=None, blind=False):
+        return self.decode(self.encode(self.check(x)), y, blind)
 
 
 class Oracle(WithEncoder):
@@ -682,12 +686,15 @@ class Oracle(WithEncoder):
             self.join = Linear(2 * config.n_embd, config.n_embd, bias=config.bias)
         self.init_weights()
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None, blind=False, whole_rows=True):
+        """blind: the memory is empty, what is it worth? whole_rows False: rows may be shorter than the model's."""
+        if whole_rows:
+            self.check(x)
         memory = self.config.memory
-        h = self.embed(self.check(x)[:, :-1])                           # (B, T - 1, C)
+        h = self.embed(x[:, :-1])                                       # (B, T - 1, C)
         first = h.new_zeros(len(h), 1, h.size(-1))                      # (B, 1, C)
         if memory != 'none':
-            vector = self.given(self.encode(x))[:, None]                # (B, 1, C)
+            vector = self.given(self.encode(x), blind)[:, None]         # (B, 1, C)
         if memory == 'token':
             first = vector.type_as(h)
         h = torch.cat((first, h), 1)                                    # (B, T, C)
@@ -710,7 +717,7 @@ class Memory(WithEncoder):
         super().__init__(config, config.chunk_size, config.chunk_size + self.n_chunks - 2)
         self.init_weights()
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None, blind=False):
         B = len(self.check(x))
         n = self.n_chunks
         L = self.config.chunk_size
@@ -718,18 +725,18 @@ class Memory(WithEncoder):
         h = self.embed(chunks[:, :-1])                                  # (B·n, L - 1, C)
         slots = h.new_zeros(B * n, n - 1, h.size(-1))
         if self.encoder:
-            slots = self._slots(x).type_as(h)
+            slots = self._slots(x, blind).type_as(h)
         h = self.hidden(torch.cat((slots, h), 1))                       # (B·n, n - 1 + L - 1, C)
         logits = self.head(h[:, n - 2:])                                # (B·n, L, V): from the last slot on
         return self.scored(logits.reshape(B, n * L, -1), y)
 
-    def _slots(self, x):
+    def _slots(self, x, blind):
         """Return each chunk's slots (B·n, n - 1, C): the vectors of the chunks that are past, 0 for the others."""
         B = len(x)
         n = self.n_chunks
         L = self.config.chunk_size
         chunks = x[:, :-L].reshape(B * (n - 1), L)                      # the last one is remembered by none
-        vectors = self.given(self.encode(chunks)).view(B, 1, n - 1, -1)
+        vectors = self.given(self.encode(chunks), blind).view(B, 1, n - 1, -1)
         past = torch.ones(n, n - 1, dtype=torch.bool, device=x.device).tril(-1)
         return (vectors * past[None, :, :, None]).flatten(0, 1)
 
