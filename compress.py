@@ -166,16 +166,16 @@ def pack(checkpoint_path, path, out, say):
         tokenize,
         write_archive,
     )
+    from corpus.tokens import tokenizer_folder
     from model import build
     from runs import load_checkpoint
-    from training import huggingface
     checkpoint = load_checkpoint(checkpoint_path)
     args, data = dict(checkpoint['model_args'], dropout=0.0), checkpoint.get('data') or {}
     exact.check_covered(args)
     raw = read_input(path)
     name, start_id = tokenizer or data.get('tokenizer') or 'byte', int(data.get('start_id', 10))
     found = tokenizer or name in ('byte', 'gpt2') or os.path.isfile(name)
-    own = '' if found else huggingface.tokenizer_folder(checkpoint)                    # of the run's data set
+    own = '' if found else tokenizer_folder(checkpoint)                                # of the run's data set
     ids, strings = tokenize(raw, os.path.join(own, 'tokenizer.json') if own else name)
     if len(ids) and int(ids.max()) >= args['vocab_size']:
         raise UserError(f'the file has id {int(ids.max())}, the model {args["vocab_size"]}; use its own tokenizer')
@@ -188,10 +188,10 @@ def pack(checkpoint_path, path, out, say):
         tensors, sections['wght'], x, position_bits = choose_weights(build(args).eval(), checkpoint, ids, start_id, say)
         torch.set_num_threads(threads or before)
         tensors = weights.with_scales(tensors)
-        sites, wide = weights.fit_sites(args, tensors, x[:16])
+        sites, wide = exact.fit_sites(args, tensors, x[:16])
         model = exact.Exact(args, tensors, sites, wide, device)
-        weights.observe(model, x[:16])
-        say(f'integer model: {100 * model.clamped[0] / model.clamped[1]:.4f} % of activations clamped, '
+        statistics = exact.observe(model, x[:16])
+        say(f'integer model: {100 * statistics.n_clamped / statistics.n_rounded:.4f} % of activations clamped, '
             f'{sum(wide)} of {len(wide)} products in float64')
         n_streams = streams or choose_streams(len(ids), position_bits, args, kept)
         coded_head = dict(args=args, start_id=start_id, tokenizer=name, streams=n_streams, keep=kept, sites=sites,

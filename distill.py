@@ -78,8 +78,8 @@ log_every = 1                   # steps between rows of train_loss.csv
 log_interval = 100              # steps between lines of log.txt
 eval_interval = 0               # steps between validations; 0 = at the end only
 eval_blocks = 0                 # leading validation blocks used in training; 0 = the whole split
-checkpoint_time = 83000.0       # seconds between checkpoints; 0 = only at the end and on a signal
-max_runtime = 86000.0           # seconds after which the run saves itself and exits with 85; 0 = off
+checkpoint_time = 1800.0        # seconds between checkpoints; 0 = only at the end and on a signal
+max_runtime = 0.0               # seconds after which the run saves itself and exits with 85; 0 = off
 keep_last = 1                   # checkpoints kept
 wandb_log = False
 wandb_project = 'nanomdl'
@@ -224,7 +224,10 @@ def main(argv=None):
                     final_val_loss=math.nan, final_train_loss=math.nan, train_seconds=0.0, step_seconds=0.0)
     counters.update({name: start[name] for name in counters if resume and name in start})
     if env.main:                                                        # last: nothing above may cost an older run
-        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', '' if resume else parent)
+        if wandb_log:
+            runs.require_wandb()
+        sources = [teacher] if resume else [teacher, parent]
+        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', sources)
     env.barrier()
     rows_per_rank = batch_size // env.world
     micro = micro_batch_size or rows_per_rank
@@ -260,6 +263,8 @@ def main(argv=None):
         if env.main:
             loss_file.flush()
             runs.save_checkpoint(os.path.join(out_dir, name), checkpoint, 1 if weights_only else keep_last)
+        if not weights_only:
+            runs.commit_run_folders()
         env.barrier()
 
     def validate():
@@ -348,10 +353,10 @@ def main(argv=None):
         if stop and step < n_steps:
             save()
             bar.close()
-            note(f"paused step={step} reason={signals.received or 'rank'}; continue with --init_from=resume")
-            record.update(status='paused', step=step)
+            note(record.pause(signals.where(step), step=step))
             env.barrier()                                               # the first rank to go may end the others
             env.close()
+            runs.close_run_folders()
             return runs.PAUSED
         if save_due:
             save()
@@ -380,6 +385,7 @@ def main(argv=None):
     record.update(status='done', **totals)
     env.barrier()
     env.close()
+    runs.close_run_folders()
     return 0
 
 

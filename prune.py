@@ -115,7 +115,7 @@ def main(argv=None):
     kept = layers_to_keep(len(model.blocks)) if whole_layers and not by_loss else []
     require((not by_loss or not whole_layers or 1 <= keep_layers <= len(model.blocks),
              f'keep_layers = {keep_layers}, expected 1 to {len(model.blocks)}, the layers of {from_ckpt}'))
-    runs.open_run_folder(out_dir, overwrite, parent=from_ckpt)
+    runs.open_run_folder(out_dir, overwrite, parents=[from_ckpt])
     record = runs.RunRecord(out_dir, config, env, parent=runs.parent_of(from_ckpt),
                             procedure=checkpoint['config'].get('procedure', ''))
 
@@ -171,8 +171,10 @@ def main(argv=None):
     runs.save_checkpoint(path, dict(
         checkpoint, model=model.state_dict(), model_args=model_args(model), masks=masks, parent=record.values['parent'],
         config=dict(checkpoint['config'], **config), optimizer={}, procedure={}, grid={}, phase='pruned'))
+    runs.commit_run_folders()
     record.update(status='done', non_zero_params=whole['nonzeros'], sparsity=rows[-1]['sparsity'], **facts)
     print(f'wrote {path}; fine-tune it: python train.py --init_from={out_dir} --procedure=vanilla ...')
+    runs.close_run_folders()
     return 0
 
 

@@ -5,6 +5,7 @@
     python runs.py status OUT_DIR       exit 0 done, 85 paused, 1 failed or unfinished (what an sbatch file asks)
     python runs.py compare out/a out/b --allow=seed     exit 1 where anything but the data (and the seed) differs
     python runs.py convert OUT_DIR/ckpt.sharded OUT_DIR/ckpt.pt             a sharded checkpoint as one file
+    python runs.py export OUT_DIR/ckpt.pt FOLDER    a GPT-2 as config.json, safetensors and tokenizer, for transformers
     python runs.py export_weights OUT_DIR FILE      weights (bfloat16) and masks alone, small, to go on elsewhere:
                                                     as OUT_DIR/ckpt.pt with --init_from=resume, or --init_from=FILE
 
@@ -13,13 +14,17 @@ A run writes only its own run.json; runs.csv is derived, rebuilt whole, never ed
 import atexit
 import csv
 import ctypes
+import errno
+import fcntl
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from itertools import takewhile
@@ -46,6 +51,7 @@ allow = ''                      # compare: settings that may differ beside the d
 csv_path = 'runs.csv'           # the table written; '' = print only
 watch = False                   # print the table of unfinished runs again and again
 watch_interval = 10.0           # seconds
+overwrite = False               # export: replace the files of an earlier export in FOLDER
 # -----------------------------------------------------------------------------
 
 LOST = re.compile(r'closed by peer|Connection reset|Connection refused|Broken pipe|NCCL|gloo', re.I)
@@ -142,74 +148,317 @@ class Env:
             self.dist.destroy_process_group()
 
 
+class HeldInterrupt:
+    """Hold a first Ctrl-C back until it suits (`received`); a second one is a KeyboardInterrupt.
+
+    A third one ends the process without a word, should it hang where Python gets no turn. A SIGINT that the parent has
+    told to be ignored (nohup, a shell's background jobs) stays ignored.
+    """
+
+    def __init__(self, promise, then=None):
+        self.promise = promise                              # what the first one is answered with
+        self.then = then                                    # called after it
+        self.received = False
+        self.before = signal.getsignal(signal.SIGINT)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self.held = in_main_thread and self.before != signal.SIG_IGN
+        if self.held:
+            signal.signal(signal.SIGINT, self._hold)
+
+    def _hold(self, number, frame):
+        if self.received:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.received = True
+        if int(os.environ.get('RANK', 0)) == 0:
+            line = f'interrupt: {self.promise}; a second Ctrl-C leaves at once\n'
+            os.write(2, line.encode())                      # print may be what was interrupted
+        if self.then:
+            self.then(number, frame)
+
+    def release(self):
+        """Give Ctrl-C back to whoever had it."""
+        if self.held:
+            signal.signal(signal.SIGINT, self.before)
+        self.held = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+
 class StopSignals:
-    """Remember SIGTERM, SIGUSR1 and the end of max_runtime (seconds from now; 0 = none) for the next step boundary."""
+    """Remember SIGINT, SIGTERM, SIGUSR1 and the end of max_runtime for the next step boundary.
+
+    max_runtime: seconds from now, 0 = none. Only a second SIGINT leaves at once: torchrun sends its ranks a SIGTERM
+    after the SIGINT that it hands on, and that is still the same interrupt.
+    """
 
     def __init__(self, max_runtime=0.0):
-        self.received, self.ending = '', None               # ending: the run to leave at once instead
+        self.received = ''                                  # name of the first of them
+        self.ending = ()                                    # the records of a run to leave at once instead
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
             signal.signal(number, self._remember)
+        self.interrupt = HeldInterrupt('the run is saved after its next step, exit status 85', self._remember)
         signal.setitimer(signal.ITIMER_REAL, max(max_runtime, 1e-6) if max_runtime else 0)
 
     def _remember(self, number, frame):
-        self.received = 'max_runtime' if number == signal.SIGALRM else number
+        name = 'max_runtime' if number == signal.SIGALRM else signal.Signals(number).name
+        self.received = self.received or name
         if self.ending:
-            self.leave(self.ending)
+            self.leave()
 
-    def leave(self, record):
-        """Leave a run, its RunRecord marked as paused."""
-        record.update(status='paused')
+    def where(self, step):
+        """Say for RunRecord.pause where and why a run was stopped; another rank may have got the signal."""
+        return f"step={step} reason={self.received or 'rank'}"
+
+    def leave(self):
+        """Leave a run that is saved, its RunRecords marked as paused and its log closed with the same line."""
+        for record in self.ending:
+            line = record.pause(f'while scoring by {self.received}')
+            log_path = os.path.join(record.folder, 'log.txt')
+            if record.main and os.path.exists(log_path):
+                with open(log_path, 'a', encoding='utf-8') as f:
+                    f.write(f'{time.strftime("%H:%M:%S")} {line}\n')
+        close_run_folders()
         os._exit(PAUSED)
 
-    def leave_at_once(self, record):
-        """From now on leave the run when one comes, and now if one came already."""
-        self.ending = record
+    def leave_at_once(self, *records):
+        """From now on leave the run when a signal comes, and now if one came already."""
+        self.ending = records
         if self.received:
-            self.leave(record)
+            self.leave()
+
+    def remember(self):
+        """From now on remember signals again, as before leave_at_once."""
+        self.ending = ()
 
     def close(self):
         """Nothing is left that a signal could cut short."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self.ending = None
+        self.ending = ()
+        self.interrupt.release()
 
 
 # --- run folder ---
 
-def open_run_folder(path, overwrite, resume=False, parent=''):
-    """Create a run folder; a finished or continuable run in it is refused unless overwrite (or resume) says so.
+RUN_FILE = re.compile(r'(ckpt\.(pt|sharded)|best\.pt)(\.\d+)?(\.tmp)?|log\.txt|train_loss\.csv|loss\.png|run\.json')
+open_folders = {}               # of this process: real path -> RunFolder
 
-    parent: the checkpoint that the new run starts from; it may not lie in the folder, which is about to be cleared.
+
+class FolderLock:
+    """An exclusive lock on a run folder: the file .NAME.lock beside it, which holds host and process id.
+
+    The operating system keeps it (flock): of two that start at once exactly one gets it, and whoever dies, even by
+    kill -9, loses it, so that a file that was left behind is taken over. UserError where another process has it.
     """
-    record, here = read_run(path), os.path.realpath(path)
+
+    def __init__(self, folder):
+        folder = os.path.realpath(folder)
+        parent, name = os.path.split(folder)
+        self.path = os.path.join(parent, f'.{name}.lock')
+        os.makedirs(parent, exist_ok=True)
+        self.file = self._take()
+        while not self._is_the_file_of_that_name():         # its owner removed it between our open and our lock
+            self.file.close()
+            self.file = self._take()
+        self.file.truncate(0)
+        self.file.write(f'{platform.node()} {os.getpid()}\n')
+        self.file.flush()
+
+    def _take(self):
+        file = open(self.path, 'a+', encoding='utf-8')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            file.seek(0)
+            host, _, pid = file.read().strip().partition(' ')
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES) or host == platform.node() and others(pid):
+                file.close()
+                raise UserError(f'{self.path}: the run folder is being written by process {pid or "?"} on'
+                                f' {host or "?"}; wait for it, or end it with kill') from None
+        return file                                         # a file system without locks: host and pid have to do
+
+    def _is_the_file_of_that_name(self):
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def release(self):
+        """Remove the file while it is still locked, then let go."""
+        if self.file.closed:
+            return
+        if self._is_the_file_of_that_name():
+            os.remove(self.path)
+        self.file.close()
+
+
+def others(pid):
+    """Say whether a process id, as text, is of a living process other than this one."""
+    return pid.isdigit() and int(pid) != os.getpid() and alive(int(pid))
+
+
+def run_files(folder):
+    """Names of what runs write into their folder and a new run would replace."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [name for name in names if RUN_FILE.fullmatch(name)]
+
+
+def old_of(folder):
+    """Where the run that a new one replaces waits until the new one has its first checkpoint."""
+    return f'{os.path.abspath(folder)}.old'
+
+
+def check_run_folder(path, overwrite, resume=False, parents=()):
+    """Refuse a folder that a new run may not have, and touch nothing; UserError says why.
+
+    Refused are a finished or continuable run in it, unless overwrite (or resume) says so; what no run of ours made; a
+    run that is being written; an OUT_DIR.old in the way. parents: checkpoints that the new run reads; they may not lie
+    in the folder, which is about to be cleared.
+    """
+    record = read_run(path)
     status = record.get('status', '')
     require((os.path.isdir(path) or not os.path.exists(path), f'out_dir {path!r} is a file; choose another --out_dir'))
-    if parent and not resume and here in (os.path.realpath(parent), os.path.dirname(os.path.realpath(parent))):
-        raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
-                        ' choose another --out_dir')
-    if runs_here(record) and record['pid'] != os.getpid() and alive(record['pid']):
+    if runs_here(record) and others(str(record['pid'])):
         raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
+    checkpointed = os.path.exists(newest_checkpoint(path))
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    foreign = [n for n in names if n.startswith(('ckpt.', 'best.pt')) or RUN_FILE.fullmatch(n)]
+    if foreign and not status and not (resume and checkpointed):
+        raise UserError(f'out_dir {path!r} holds {", ".join(foreign[:4])} but no run.json of a run, so no run of ours'
+                        ' made it; move it away or choose another --out_dir')
     if resume:
-        if status == 'done':
-            raise UserError(f'{path} holds a finished run, nothing is left to resume;'
-                            ' use --overwrite or another --out_dir')
-    elif not overwrite and (status in ('done', 'paused') or os.path.exists(newest_checkpoint(path))):
+        require((status != 'done', f'{path} holds a finished run, nothing is left to resume;'
+                 ' use --overwrite or another --out_dir'))
+        return
+    here = os.path.realpath(path)
+    for parent in filter(os.path.exists, parents):
+        if here in (os.path.realpath(parent), os.path.dirname(os.path.realpath(parent))):
+            raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
+                            ' choose another --out_dir')
+    if not overwrite and (status in ('done', 'paused') or checkpointed):
         how = 'continue it with --init_from=resume, ' if status != 'done' else ''
         raise UserError(f'out_dir {path!r} holds a {status or "checkpointed"} run; {how}'
                         'replace it with --overwrite or choose another --out_dir')
-    os.makedirs(path, exist_ok=True)
-    if not resume:
-        for name in os.listdir(path):
-            if name.startswith(('ckpt.', 'best.pt')) or name in ('log.txt', 'train_loss.csv', 'loss.png', 'run.json'):
-                remove(os.path.join(path, name))
+    if run_files(path) and os.path.lexists(old_of(path)):
+        raise UserError(f'{old_of(path)} exists already: it holds a run that {path!r} held before, left by a start that'
+                        ' was killed; move its files back or delete it')
+
+
+class RunFolder:
+    """The folder of a run, while its process writes there: locked, the run that it replaces kept aside for a while.
+
+    commit() deletes the replaced run, for the new one has a checkpoint; close() without it moves that run back, for the
+    start has failed. close() is called at exit at the latest.
+    """
+
+    def __init__(self, path, overwrite, resume=False, parents=()):
+        self.path = path
+        self.old = ''                                       # where the replaced run waits; '' = there is none
+        self.cleared = False                                # what stands in the folder is the new run's
+        self.lock = FolderLock(path)
+        try:
+            check_run_folder(path, overwrite, resume, parents)
+            os.makedirs(path, exist_ok=True)
+            if not resume:
+                self._move_aside()
+        except BaseException:
+            self.close()
+            raise
+
+    def _move_aside(self):
+        names = run_files(self.path)
+        if not names:
+            return
+        os.mkdir(old_of(self.path))
+        self.old = old_of(self.path)
+        move(names, self.path, self.old)
+        self.cleared = True
+
+    def commit(self):
+        """Delete the replaced run: the new one can go on from its own checkpoint."""
+        old = self.old
+        self.old = ''                                       # from here on there is no way back
+        if old:
+            remove(old)
+
+    def close(self):
+        """Move the replaced run back, unless the new one has a checkpoint, and let others have the folder."""
+        old = self.old
+        self.old = ''
+        if old:
+            for name in run_files(self.path) if self.cleared else ():
+                remove(os.path.join(self.path, name))
+            move(os.listdir(old), old, self.path)
+            os.rmdir(old)
+            print(f'{self.path}: the new run ended before its first checkpoint; the run that it was to replace is back',
+                  file=sys.stderr)
+        self.lock.release()
+
+
+def move(names, source, target):
+    """Move files and folders between two folders, run.json last: a folder with it is whole."""
+    for name in sorted(names, key=lambda name: name == 'run.json'):
+        shutil.move(os.path.join(source, name), os.path.join(target, name))
+
+
+def open_run_folder(path, overwrite, resume=False, parents=()):
+    """Lock a run folder and clear it for a new run, or leave it as it is for one that goes on; return a RunFolder.
+
+    Refuses what check_run_folder refuses. What stood there moves to OUT_DIR.old until commit_run_folders().
+    """
+    here = os.path.realpath(path)
+    if here in open_folders:                                # of an earlier run in this process
+        open_folders.pop(here).close()
+    open_folders[here] = RunFolder(path, overwrite, resume, parents)
+    return open_folders[here]
+
+
+def commit_run_folders():
+    """The run of this process has a checkpoint: what it replaces goes. Call it after each one, on any rank."""
+    for folder in open_folders.values():
+        folder.commit()
+
+
+def close_run_folders():
+    """Let go of all folders of this process; runs without a checkpoint give way to those they were to replace."""
+    while open_folders:
+        open_folders.popitem()[1].close()
+
+
+atexit.register(close_run_folders)      # first, so that it is called last: after RunRecord has had its say
+
+
+def require_wandb():
+    """Refuse to begin without what wandb.init will ask for: the package, and an API key or an offline mode."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log = True, but wandb is not installed; pip install wandb or drop --wandb_log') from None
+    mode = os.environ.get('WANDB_MODE') or wandb.setup().settings.mode
+    if mode in ('offline', 'disabled', 'dryrun'):
+        return
+    if os.environ.get('WANDB_API_KEY') or os.environ.get('WANDB_IDENTITY_TOKEN_FILE'):
+        return
+    try:
+        known = wandb.login(prompt=False, verify=False)     # reads the settings and .netrc, asks no server
+    except TypeError:                                       # wandb before 0.25 has no prompt
+        known = wandb.api.api_key
+    require((known, 'wandb_log = True, but wandb has no API key; run wandb login, set WANDB_API_KEY, or'
+             ' WANDB_MODE=offline'))
 
 
 def read_run(path):
     """Return the parsed run.json of a run folder, {} where there is none."""
     try:
         with open(os.path.join(path, 'run.json'), encoding='utf-8') as f:
-            return json.load(f)
+            found = json.load(f)
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_status(path):
@@ -221,6 +470,7 @@ class RunRecord:
 
     def __init__(self, out_dir, config, env, **facts):
         self.path, self.main, self.started = os.path.join(out_dir, 'run.json'), env.main, time.time()
+        self.folder = out_dir
         self.values = dict(config, run_id=os.path.basename(os.path.normpath(out_dir)), status='running',
                            commit=commit_id(), timestamp=time.strftime('%Y-%m-%dT%H:%M:%S'), hardware=hardware(env),
                            pid=os.getpid(), host=platform.node(), n_processes=env.world,
@@ -232,6 +482,12 @@ class RunRecord:
         """A run that ends the process without a status has failed; kill -9 leaves 'running' and a dead pid."""
         if self.values['status'] == 'running' and os.path.exists(self.path):
             self.update(status='failed')
+
+    def pause(self, where, **facts):
+        """Mark the run as saved and to be continued; return the line that says so, which run.json then holds too."""
+        line = f'paused {where}; continue with --init_from=resume'
+        self.update(status='paused', paused=line, **facts)
+        return line
 
     def update(self, **metrics):
         self.values.update(metrics, run_time=round(time.time() - self.started, 1))
@@ -376,7 +632,7 @@ def main(argv=None):
     if not ({'-h', '--help'} & set(argv) or argv and not argv[0].startswith('--')):
         argv = ['table', *argv]
     verb, paths, _ = configure(globals(), argv, verbs=dict(
-        table=0, status=1, convert=2, export_weights=2, compare=-1))
+        table=0, status=1, convert=2, export=2, export_weights=2, compare=-1))
     if verb == 'status':
         status = read_status(paths[0]) or 'no run.json'
         print(status)
@@ -386,6 +642,10 @@ def main(argv=None):
         rows, unfair = side_by_side({path: read_run(path) for path in paths}, allow)
         print(markdown(rows, list(rows[0])), f'not fair: {", ".join(unfair)}' if unfair else 'fair', sep='\n')
         return int(bool(unfair))
+    if verb == 'export':
+        from training import huggingface
+        huggingface.export(load_checkpoint(paths[0]), paths[0], paths[1], overwrite)
+        return 0
     if verb in ('convert', 'export_weights'):
         checkpoint = load_checkpoint(paths[0])
         save_checkpoint(paths[1], checkpoint if verb == 'convert' else weights_alone(checkpoint))

@@ -335,8 +335,7 @@ class Bar:
 def byte_strings(name):
     """Return (byte string of every id, encode: str -> ids) of a tokenizer: 'gpt2', or a tokenizers JSON file."""
     if name == 'gpt2':
-        from training import huggingface
-        t = huggingface.encoding()
+        t = tokens.gpt2_encoding()
         strings = [t.decode_single_token_bytes(i) for i in range(t.n_vocab)]
         return strings, lambda text: t.encode(text, disallowed_special=())
     try:

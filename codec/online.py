@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,8 +27,8 @@ from codec.container import CODED, DAMAGED, ONLINE, STORED, Bar, Output, arithme
 from configurator import UserError, at_least, require
 from corpus.bins import NEWLINE, key_of, mix64
 from model import ModelConfig, build
-from runs import cpu_name
 from training.optim import is_muons
+from training.process import PAUSED, HeldInterrupt, cpu_name
 
 PARTS = 2                                       # of a batch: part of the format, since float sums depend on it
 LEVELS = 255                                    # of a weight's magnitude in its row while coding
@@ -157,7 +158,7 @@ class Learner:
             scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-9) / LEVELS
             tensors[name] = np.rint(w / scale).astype(np.int32), scale
         if sample is not None:
-            self.sites = weights.fit_sites(args, tensors, sample)
+            self.sites = exact.fit_sites(args, tensors, sample)
         return exact.Exact(args, tensors, *self.sites)
 
     def digest(self):
@@ -198,6 +199,7 @@ class Session:
 
     def __init__(self, settings, key, state_path, show):
         self.s, self.key, self.state_path, self.show = settings, key, state_path, show
+        self.interrupt = None                               # a Ctrl-C that waits for the segment to end
         n, self.S = settings['bytes'], settings['streams']
         whole, more = divmod(n, self.S)
         self.steps, self.active = whole + (more > 0), more or self.S            # active: streams in the last step
@@ -235,7 +237,25 @@ class Session:
             out.commit()
 
     def run(self):
-        """Code and learn to the end, segment by segment; the state stays until the caller has written what came out."""
+        """Code and learn to the end; with a state file Ctrl-C saves it after the segment and leaves with status 85.
+
+        The state stays until the caller has written what came out.
+        """
+        if not self.state_path:
+            self.segments()
+            return
+        with HeldInterrupt(f'{self.state_path} is saved after this segment, exit status {PAUSED}') as self.interrupt:
+            self.segments()
+
+    def leave(self):
+        """End the process, its state being saved, with a line that says how to go on."""
+        done = min(self.done * self.S, self.s['bytes'])
+        print(f'\npaused after {done:,} of {self.s["bytes"]:,} bytes; the same command goes on from {self.state_path}',
+              file=sys.stderr)
+        raise SystemExit(PAUSED)
+
+    def segments(self):
+        """Code and learn segment by segment, saving the state after each."""
         while self.done < self.steps:
             self.first, self.stop = self.done, min(self.steps, self.done + max(1, SEGMENT_SYMBOLS // self.S))
             self.begin()
@@ -250,6 +270,8 @@ class Session:
             cut = self.active if self.stop == self.steps else self.S
             self.finish(inside[:cut].tobytes() + inside[cut:, :-1].tobytes())
             self.save()
+            if self.interrupt and self.interrupt.received and self.done < self.steps:
+                self.leave()
 
     def model(self, stop):
         """Return the integer model that codes a block up to step `stop`, and the first input of its window."""

@@ -21,3 +21,5 @@ warmup_iters = 2000
 beta2 = 0.95
 grad_clip = 1.0
 log_interval = 50
+checkpoint_time = 83_000.0      # seconds between checkpoints; Ctrl-C and SIGTERM save at any time
+max_runtime = 86_000.0          # for a queue with a limit of 24 hours

@@ -31,3 +31,5 @@ warmup_iters = 500
 beta2 = 0.95                    # short runs want a short memory of the squared gradient
 grad_clip = 1.0
 log_interval = 100
+checkpoint_time = 83_000.0      # seconds between checkpoints; Ctrl-C and SIGTERM save at any time
+max_runtime = 86_000.0          # for a queue with a limit of 24 hours

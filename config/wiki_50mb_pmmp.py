@@ -17,3 +17,5 @@ prune_every = 10
 tolerated_relative_loss_increase = 0.01
 batch_size = 8
 learning_rate = 1e-5            # constant, as published: very slow; wiki_16mb_pmmp_fast.py holds a quicker recipe
+checkpoint_time = 83_000.0      # seconds between checkpoints; Ctrl-C and SIGTERM save at any time
+max_runtime = 86_000.0          # for a queue with a limit of 24 hours

@@ -11,3 +11,5 @@ epochs = 150.0
 epochs_fine_tuning = 75.0
 batch_size = 8
 learning_rate = 1e-5            # constant, as published: very slow; wiki_16mb_pmmp_fast.py holds a quicker recipe
+checkpoint_time = 83_000.0      # seconds between checkpoints; Ctrl-C and SIGTERM save at any time
+max_runtime = 86_000.0          # for a queue with a limit of 24 hours

@@ -336,9 +336,10 @@ def words_in(text):
 
 def plain_name(name, folder):
     """Return the name of a file that the meta.json of a folder gives; refuse one that points out of the folder."""
-    if name != os.path.basename(name) or name in ('', '.', '..') or '\\' in name:
-        raise UserError(f'{os.path.join(folder, "meta.json")} names the file {name!r}, expected a plain name without a'
-                        ' folder; delete the data set and prepare it again')
+    plain = isinstance(name, str) and name not in ('', '.', '..') and not {'\0', '\\'} & set(name)
+    if not plain or os.path.basename(name) != name:
+        raise UserError(f'{os.path.join(folder, "meta.json")} names the file {name!r}, expected a name without a'
+                        ' folder; no prepare script wrote that: delete the data set by hand or choose another --name')
     return name
 
 
@@ -483,11 +484,16 @@ def batch_starts(order, seed, epoch, batch, batch_size, n_tokens, block_size):
 # --- preparing a data set (prepare_*.py): documents in, finished splits out ---
 
 def may_write(folder, script, argv, overwrite):
-    """Return argv without --overwrite, as meta.json records it; refuse a data set that another command made."""
+    """Return argv without --overwrite, as meta.json records it; refuse a data set that another command made.
+
+    With overwrite, refuse an older meta.json that names files elsewhere: finish would delete them.
+    """
     path = os.path.join(folder, 'meta.json')
     if argv is None:
         argv = sys.argv[1:]
     argv = [a for a in argv if not a.replace('-', '_').startswith('__overwrite')]
+    if overwrite:
+        old_files(folder)
     if os.path.exists(path) and not overwrite:
         made_by = read_meta('', folder)['made_by']
         if made_by != dict(script=script, argv=argv):
@@ -515,18 +521,27 @@ def finish(folder, script, argv, writers, source, extras=None, **meta):
     An older meta.json goes first: until the new one stands the folder is no data set, whatever it holds.
     """
     path = os.path.join(folder, 'meta.json')
-    old_files = set()
+    older = set()
     if os.path.exists(path):
-        old_files = files_of(read_meta('', folder)['splits'], folder)
+        older = old_files(folder)
         os.remove(path)
     splits = {split: writer.commit() for split, writer in writers.items()}
-    for stale in old_files - files_of(splits, folder):
+    for stale in older - files_of(splits, folder):
         os.remove(os.path.join(folder, stale))
     for file, content in (extras or {}).items():
         with open(os.path.join(folder, file), 'wb') as f:
             f.write(content)
     write_meta(folder, script, argv, splits, source, **meta)
     print_splits(folder, splits)
+
+
+def old_files(folder):
+    """Return the names of the files of the data set in a folder; none where there is none or nobody can read it."""
+    try:
+        splits = read_meta('', folder)['splits']
+    except UserError:
+        return set()
+    return files_of(splits, folder)
 
 
 def files_of(splits, folder):

@@ -79,8 +79,8 @@ grad_clip = 1.0                 # 0 = off
 # logging, saving
 log_every = 1                   # steps between rows of train_loss.csv
 log_interval = 100              # steps between lines of log.txt
-checkpoint_time = 83000.0       # seconds between checkpoints; 0 = only at the end and on a signal
-max_runtime = 86000.0           # seconds, of all encoders together, after which to save and exit with 85; 0 = off
+checkpoint_time = 1800.0        # seconds between checkpoints; 0 = only at the end and on a signal
+max_runtime = 0.0               # seconds, of all encoders together, after which to save and exit with 85; 0 = off
 # -----------------------------------------------------------------------------
 
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'seconds')
@@ -149,8 +149,11 @@ def decoder_of(args, T, vocab_size):
                        wrapper='autoencoder', bottleneck=numbers if numbers != width else 0)
 
 
-def train_probe(probe, folder, facts, train_data, test_data, env, k, signals):
-    """Train the decoder of one probe in its run folder; return its numbers, or None where it was saved and stopped."""
+def train_probe(probe, folder, facts, train_data, test_data, env, k, signals, whole):
+    """Train the decoder of one probe in its run folder; return its numbers, or None where it was saved and stopped.
+
+    whole: the RunRecord of all probes together.
+    """
     import torch
 
     import runs
@@ -193,6 +196,7 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, signals):
             runs.save_checkpoint(path, dict(
                 decoder=decoder.state_dict(), model_args=model_args(decoder), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), config=k.config, **facts, **counters))
+            runs.commit_run_folders()
         env.barrier()
 
     rows_per_rank, saved_at = batch_size // env.world, time.time()
@@ -251,13 +255,15 @@ def train_probe(probe, folder, facts, train_data, test_data, env, k, signals):
             saved_at = time.time()
         if stop and step < max_iters:
             bar.close()
-            note(f"paused step={step} reason={signals.received or 'rank'}; continue with --init_from=resume")
-            return record.update(status='paused', step=step)
+            note(record.pause(signals.where(step), step=step))
+            return None
     bar.close()
     if counters['step'] != start.get('step'):
         save()
+    signals.leave_at_once(record, whole)                                # all is saved; a resume scores
     found = score.evaluate(probe, test_data, T, score.rows_per_forward(T), env, max_blocks=max_rows,
                            progress=f'{facts["name"]} on {split}')
+    signals.remember()
     note(f"val phase=probe step={counters['step']} loss={found['loss_nats']:.5f} bpb={found['bits_per_byte']:.4f}")
     if env.main:
         note(curves.draw_run(folder, loss_file))
@@ -318,7 +324,7 @@ def main(argv=None):
     from corpus.data import open_split
     from corpus.objectives import with_objective
     from model import build
-    signals = runs.StopSignals(max_runtime if mode == 'information' else 0)
+    signals = runs.StopSignals(max_runtime) if mode == 'information' else None     # entropy has nothing to save
     env, loaded = runs.Env(device, dtype), [runs.load_checkpoint(path) for path in paths]
     sets = {dataset or c['data']['dataset'] for c in loaded}
     require((len(sets) == 1 and all(sets), f'the encoders were trained on {", ".join(sorted(sets)) or "no data set"};'
@@ -364,7 +370,11 @@ def main(argv=None):
                   encoder=facts['encoder'], data=facts['data'])).items()))
     env.barrier()                                                       # all ranks have read what was there
     if env.main:
-        runs.open_run_folder(out_dir, overwrite, init_from == 'resume')
+        trained = [folder for (folder, _, _, facts), old in zip(jobs, before)
+                   if facts['kind'] != 'own decoder' and old.get('status') != 'done']
+        for folder in (out_dir, *trained):                              # refuse before the first is trained
+            runs.check_run_folder(folder, overwrite, init_from == 'resume', paths)
+        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', paths)
     env.barrier()
     record, rows, lines = runs.RunRecord(out_dir, config, env), [], []
     for (folder, checkpoint, decoder, facts), old in zip(jobs, before):
@@ -382,16 +392,20 @@ def main(argv=None):
             lines += more
         elif facts['kind'] == 'own decoder':
             T = decoder.block_size
+            signals.leave_at_once(record)
             row = row_of(facts, encoder, T, score.evaluate(encoder, rows_of, T, score.rows_per_forward(T), env,
                                                            max_blocks=max_rows, progress=facts['name']))
+            signals.remember()
         else:
             torch.manual_seed(seed)                                     # the same decoder for encoders of one shape
             tokens = [with_objective(data, 'autoencode', 'autoencoder') for data in (train_data, test_data)]
-            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, *tokens, env, k, signals)
+            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, *tokens, env, k, signals,
+                              record)
         if row is None:
-            record.update(status='paused')
+            record.pause(f'at {facts["name"]} by {signals.received or "rank"}')
             env.barrier()                                               # the first rank to go may end the others
             env.close()
+            runs.close_run_folders()
             return runs.PAUSED
         rows.append(row)
         record.update(rows=rows)
@@ -409,8 +423,11 @@ def main(argv=None):
                 table_of.writeheader()
                 table_of.writerows(lines)
         print(f'{table}\nwrote {out_dir}')
-    signals.close()
+    if signals:
+        signals.close()
+    runs.commit_run_folders()
     record.update(status='done')
+    runs.close_run_folders()
     return 0
 
 

@@ -1,28 +1,34 @@
 """Kill a training with SIGKILL at random moments, resume it each time, and compare it with the unbroken run to the bit.
 
     python tests/kill_test.py [--kills=20] [--ranks=1] [--train_flags=--shard=full]
+    python tests/kill_test.py --signal=int [--script=train]     Ctrl-C instead: train, distill, probe, online (--state)
 
 600 steps: prelude, main with pmmp and two prunings, fine-tuning, a checkpoint every 0.1 s. One line per kill, then
 what differs, if anything does: exit code 1. Linux: processes are found in /proc. No GPU, one thread per rank.
+
+A Ctrl-C goes to the process that a terminal would send it to, torchrun's own where there are ranks. Each must end the
+launch with exit status 85, run.json as paused and log.txt with the line that says how to go on.
 """
 import glob
 import os
 import random
-import signal
+import signal as signals
 import subprocess
 import sys
 import tempfile
 import time
 
-from conftest import ROOT, TINY, same, write_dataset
+from conftest import ROOT, TINY, make_text, same, write_dataset
 
-from configurator import configure, run
+from configurator import configure, one_of, require, run
 
 # -----------------------------------------------------------------------------
 kills = 20
 ranks = 1
 seed = 0                        # of the moments
-train_flags = ''                # more flags for train.py, such as --shard=full
+train_flags = ''                # more flags for the script, such as --shard=full
+signal = 'kill'                 # 'kill' (SIGKILL, train.py alone) or 'int' (Ctrl-C)
+script = 'train'                # with --signal=int: 'train', 'distill', 'probe', 'online'
 # -----------------------------------------------------------------------------
 
 FLAGS = (*TINY, '--dataset=toy', '--procedure=pmmp', '--alpha=1e-3', '--initial_u_value=0.1', '--epochs_prelude=1',
@@ -30,20 +36,34 @@ FLAGS = (*TINY, '--dataset=toy', '--procedure=pmmp', '--alpha=1e-3', '--initial_
          '--stop_epoch_at_batch_fine_tuning=150', '--do_pruning', '--first_pruning_after=1', '--eval_interval=40',
          '--tolerated_relative_loss_increase=0.05', '--final_train_blocks=8', '--log_interval=1')
 N_STEPS = 600
+SHORT = ('--device=cpu', '--dtype=float32', '--dataset=toy', '--max_iters=200', '--batch_size=8', '--log_interval=1')
+ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--online_window=32', '--online_streams=4',
+          '--online_block=32', '--online_updates=2', '--online_rows=2', '--no-verify', '--no-progress')
+COMPRESS = 'import configurator, compress, online; online.SEGMENT_SYMBOLS = 1000; configurator.run(compress.main)'
 LIMIT_SECONDS = 120             # of one launch
 MOMENTS = ('step', 'save', 'resume', 'start')
 # init_from, what was resumed, times, the working tree
 MAY_DIFFER = {'config', 'parent', 'train_seconds', 'step_seconds', 'commit'}
 
 
-def launch(folder, data_dir, n_ranks, *flags):
+def launch(folder, data_dir, n_ranks, *flags, program='train.py'):
     """Start a run in a session of its own; its output goes to FOLDER.out."""
     torchrun = ('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_ranks}') if n_ranks > 1 else ()
-    command = [sys.executable, *torchrun, os.path.join(ROOT, 'train.py'), *FLAGS, *flags, f'--data_dir={data_dir}',
-               f'--out_dir={folder}']
+    first = FLAGS if program == 'train.py' else ()
+    command = [*torchrun, os.path.join(ROOT, program), *first, *flags, f'--data_dir={data_dir}', f'--out_dir={folder}']
+    return start(command, folder)
+
+
+def start(command, folder):
+    """Start Python with a command; its output goes to FOLDER.out."""
     with open(f'{folder}.out', 'ab') as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True,
-                                env=dict(os.environ, OMP_NUM_THREADS='1'))
+        return subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, start_new_session=True,
+                                env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=ROOT), preexec_fn=hear_interrupts)
+
+
+def hear_interrupts():
+    """Undo what a shell does to the jobs that it starts in the background: SIGINT ignored."""
+    signals.signal(signals.SIGINT, signals.SIG_DFL)
 
 
 def processes_of(folder):
@@ -69,7 +89,7 @@ def kill_all(folder, process):
             raise RuntimeError(f'processes {pids} do not die')
         for pid in pids:
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signals.SIGKILL)
             except ProcessLookupError:
                 continue
         time.sleep(0.005)
@@ -110,11 +130,11 @@ def phase_of(step):
     return ('prelude', 'main', 'main', 'fine_tuning', 'end')[step // 150]
 
 
-def differences(unbroken, broken):
+def differences(unbroken, broken, n_steps=N_STEPS, names=('ckpt.pt', 'best.pt')):
     """Compare two run folders: every entry of ckpt.pt but MAY_DIFFER, best.pt's weights, train_loss.csv."""
     import runs
     problems = []
-    for name in ('ckpt.pt', 'best.pt'):
+    for name in names:
         a, b = (runs.load_checkpoint(os.path.join(folder, name)) for folder in (unbroken, broken))
         problems += [f'{name}: {key} differs' for key in sorted(a.keys() | b.keys() - MAY_DIFFER)
                      if key not in MAY_DIFFER and not (key in a and key in b and same(a[key], b[key]))]
@@ -123,17 +143,17 @@ def differences(unbroken, broken):
         with open(os.path.join(folder, 'train_loss.csv'), encoding='utf-8') as f:
             rows.append([line.removesuffix('\n').rpartition(',')[0] for line in f])     # the last is the time
     steps = [int(row.split(',')[2]) for row in rows[1][1:]]
-    if steps != list(range(1, N_STEPS + 1)):
-        problems.append(f'train_loss.csv has {len(steps)} steps, {len(set(steps))} different, expected 1 to {N_STEPS}')
+    if steps != list(range(1, n_steps + 1)):
+        problems.append(f'train_loss.csv has {len(steps)} steps, {len(set(steps))} different, expected 1 to {n_steps}')
     elif rows[0] != rows[1]:
         first = next(i for i, (a, b) in enumerate(zip(*rows)) if a != b)
         problems.append(f'train_loss.csv: first different row {first}: {rows[0][first]} and {rows[1][first]}')
     return problems
 
 
-def finish(folder, data_dir, n_ranks, *flags):
+def finish(folder, data_dir, n_ranks, *flags, program='train.py'):
     """Run to the end; RuntimeError with the last lines of its output if that fails."""
-    process = launch(folder, data_dir, n_ranks, *flags)
+    process = launch(folder, data_dir, n_ranks, *flags, program=program)
     try:
         code = process.wait(LIMIT_SECONDS)
     finally:
@@ -163,7 +183,7 @@ def kill_test(work, n_kills, n_ranks, seed, *flags):
             alive = wait_for(moment, rng.uniform(0, 2 * n_ranks) if moment == 'start' else target, broken, process,
                              before, rng)
             if alive and moment != 'start':
-                os.kill(progress(broken)[0], signal.SIGKILL)        # rank 0 at once: a save lasts milliseconds
+                os.kill(progress(broken)[0], signals.SIGKILL)        # rank 0 at once: a save lasts milliseconds
         finally:
             kill_all(broken, process)
         if not alive:
@@ -180,14 +200,157 @@ def kill_test(work, n_kills, n_ranks, seed, *flags):
     return problems + ([] if pruned == 2 else [f'{pruned} prunings, expected 2'])
 
 
+# --- Ctrl-C ---
+
+class Interrupted:
+    """A script to interrupt: its flags, the folders that its runs write, and how many steps it has in all."""
+
+    def __init__(self, work, name, data_dir):
+        self.program = f'{name}.py'
+        self.parts = ('',)                                  # run folders below out_dir
+        self.names = ('ckpt.pt', 'best.pt')                 # checkpoints to compare
+        self.n_steps = N_STEPS                              # of each part
+        self.flags = ()
+        if name == 'train':
+            return
+        teacher = os.path.join(work, 'teacher')
+        finish(teacher, data_dir, 1, '--epochs_prelude=0', '--epochs_fine_tuning=0', '--stop_epoch_at_batch=8',
+               '--no-do_pruning', '--epochs=1')
+        self.n_steps = 200
+        self.flags = (*SHORT, f'--teacher={teacher}', '--n_layer=1', '--n_embd=32', '--n_head=2', '--block_size=32',
+                      '--eval_interval=40')
+        if name == 'probe':
+            self.parts = ('teacher', 'teacher-untrained')
+            self.names = ('ckpt.pt',)
+            self.flags = (*SHORT, f'--from_ckpt={teacher}', '--untrained')
+
+    def step(self, folder):
+        """Return the last logged step of a run, over all its parts."""
+        import runs
+        records = [runs.read_run(os.path.join(folder, part)) for part in self.parts]
+        return sum(self.n_steps if r.get('status') == 'done' else r.get('step', 0) for r in records)
+
+    def differences(self, unbroken, broken):
+        return [f'{part}: {line}' for part in self.parts for line in differences(
+            os.path.join(unbroken, part), os.path.join(broken, part), self.n_steps, self.names)]
+
+
+def interrupt(process, folder):
+    """Press Ctrl-C once, wait for all processes to end, and return the exit status."""
+    process.send_signal(signals.SIGINT)
+    try:
+        return process.wait(LIMIT_SECONDS)
+    finally:
+        kill_all(folder, process)
+
+
+def wrong_ending(folder, parts, code, n_ranks):
+    """Return what a run that Ctrl-C ended has not done as it should, '' if nothing."""
+    import runs
+    record = runs.read_run(folder)
+    if n_ranks == 1 and code != runs.PAUSED:
+        return f'exit status {code}, expected {runs.PAUSED}'
+    if record.get('status') != 'paused' or '--init_from=resume' not in record.get('paused', ''):
+        return f'run.json has status {record.get("status")!r} and {record.get("paused")!r}'
+    lines = []
+    for part in parts:
+        path = os.path.join(folder, part, 'log.txt')
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                lines += f.readlines()[-1:]
+    said = any(' paused ' in line and '--init_from=resume' in line for line in lines)
+    return '' if said else f'no log.txt ends with a line that says how to go on: {lines}'
+
+
+def interrupt_test(work, name, n_interrupts, n_ranks, seed, *flags):
+    """Return the list of differences between a run that Ctrl-C stopped n_interrupts times and an unbroken one."""
+    rng = random.Random(seed)
+    data_dir = os.path.join(work, 'data')
+    write_dataset(data_dir, sizes=(40_000, 2000, 777))
+    job = Interrupted(work, name, data_dir)
+    unbroken = os.path.join(work, 'unbroken')
+    broken = os.path.join(work, 'broken')
+    flags = (*job.flags, *flags)
+    finish(unbroken, data_dir, n_ranks, *flags, program=job.program)
+    n_steps = job.n_steps * len(job.parts)
+    for i in range(n_interrupts):
+        target = 1 + int((i + rng.random()) / n_interrupts * (n_steps - 60))
+        before = progress(broken)[0]
+        process = launch(broken, data_dir, n_ranks, '--init_from=resume', *flags, program=job.program)
+        try:
+            while process.poll() is None and (progress(broken)[0] == before or job.step(broken) < target):
+                time.sleep(0.002)
+            if process.poll() is not None:
+                return [f'launch {i + 1} of {n_interrupts} ended before its Ctrl-C: {tail_of(broken)}']
+            code = interrupt(process, broken)
+        finally:
+            kill_all(broken, process)
+        if wrong := wrong_ending(broken, job.parts, code, n_ranks):
+            return [f'Ctrl-C {i + 1} after step {target}: {wrong}; {tail_of(broken)}']
+        print(f'Ctrl-C {i + 1:2} after step {target}: paused at step {job.step(broken)}', flush=True)
+    finish(broken, data_dir, n_ranks, '--init_from=resume', *flags, program=job.program)
+    return job.differences(unbroken, broken)
+
+
+def interrupt_coding(command, state, folder, rng):
+    """Start an online command and press Ctrl-C after 1 to 4 segments; return its exit status."""
+    process = start(['-c', COMPRESS, *command, f'--state={state}'], folder)
+    seen = os.stat(state).st_mtime_ns if os.path.exists(state) else 0
+    left = rng.randint(1, 4)
+    while process.poll() is None and left:
+        now = os.stat(state).st_mtime_ns if os.path.exists(state) else seen
+        left -= now != seen
+        seen = now
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05))                        # anywhere in a segment
+    if process.poll() is None:
+        process.send_signal(signals.SIGINT)
+    return process.wait(LIMIT_SECONDS)
+
+
+def online_test(work, n_interrupts, seed):
+    """Return what is wrong after Ctrl-C has stopped coding and decoding with --state n_interrupts times."""
+    rng = random.Random(seed)
+    names = {name: os.path.join(work, name) for name in ('text', 'whole', 'broken', 'decoded', 'state')}
+    with open(names['text'], 'wb') as f:
+        f.write(make_text(1500 * n_interrupts + 6000))
+    code = start(['-c', COMPRESS, 'online', names['text'], names['whole'], *ONLINE], names['whole']).wait(LIMIT_SECONDS)
+    if code:
+        return [f'coding failed: {tail_of(names["whole"])}']
+    done = 0
+    code_it = ['online', names['text'], names['broken'], *ONLINE]
+    decode_it = ['unpack', names['broken'], names['decoded'], '--no-progress']
+    for command, result, expected in ((code_it, 'broken', 'whole'), (decode_it, 'decoded', 'text')):
+        code = 85
+        while code == 85:
+            code = interrupt_coding(command, names['state'], names[result], rng)
+            done += code == 85
+            print(f'{command[0]}: exit status {code}', flush=True)
+        if code:
+            return [f'{command[0]} ended with {code}: {tail_of(names[result])}']
+        with open(names[result], 'rb') as a, open(names[expected], 'rb') as b:
+            if a.read() != b.read():
+                return [f'{command[0]}: {result} is not {expected}']
+    return [] if done >= n_interrupts else [f'{done} Ctrl-C came in time, expected {n_interrupts}']
+
+
 def main(argv=None):
     configure(globals(), argv)
+    require(one_of('signal', signal, ('kill', 'int')),
+            one_of('script', script, ('train', 'distill', 'probe', 'online')),
+            (signal == 'int' or script == 'train', f'script = {script!r} takes --signal=int'))
     started = time.time()
     with tempfile.TemporaryDirectory() as work:
-        problems = kill_test(work, kills, ranks, seed, *train_flags.split())
+        if signal == 'kill':
+            problems = kill_test(work, kills, ranks, seed, *train_flags.split())
+        elif script == 'online':
+            problems = online_test(work, kills, seed)
+        else:
+            problems = interrupt_test(work, script, kills, ranks, seed, *train_flags.split())
     print(*problems, sep='\n', end='\n' if problems else '')
-    verdict = 'DIFFERENT' if problems else 'tensors and loss log identical to the unbroken run'
-    print(f'{kills} kills, ranks={ranks} {train_flags}: {time.time() - started:.0f} s, {verdict}')
+    verdict = 'DIFFERENT' if problems else 'identical to the unbroken run, to the bit'
+    what = 'kills' if signal == 'kill' else f'Ctrl-C of {script}'
+    print(f'{kills} {what}, ranks={ranks} {train_flags}: {time.time() - started:.0f} s, {verdict}')
     return int(bool(problems))
 
 

@@ -3,6 +3,7 @@ import functools
 import hashlib
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from conftest import ROOT, make_text, run_script
 import compress
 import configurator
 from codec import container, exact, online, weights
+from codec.sites import choose_sites
 from configurator import UserError
 from corpus.bins import mix64
 from model import GPT, ModelConfig, make, model_args
@@ -238,7 +240,7 @@ def golden_archive(path):
     tensors['norm.weight'] = np.full(16, 24, np.int32), np.int64(-9)
     largest = dict(x1=8.0, a1=4.0, q=6.0, k=6.0, v=4.0, o=3.0, x2=9.0, a2=4.0, u=6.0, d=6.0)
     seen = {f'{i}.{s}': [v, 1.0] for i in range(2) for s, v in largest.items()} | {'x': [9.0, 1.0], 'a': [4.0, 1.0]}
-    sites, wide = weights.choose_sites(args, tensors, seen)
+    sites, wide = choose_sites(args, tensors, seen)
     text = make_text(3000)
     lanes = container.Lanes(exact.Exact(args, weights.with_scales(tensors), sites, wide), 7, 12, 10)
     data, bits, _ = lanes.encode(np.frombuffer(text, np.uint8))
@@ -307,7 +309,7 @@ def test_fuzz(folder, tmp_path, monkeypatch):
     (lambda h, s: h['args'].update(block_size=10 ** 9), 'more than it can need'),
     (lambda h, s: h['args'].update(norm='other'), 'norm'),
     (lambda h, s: h.pop('sites'), 'no packer writes'),
-    (lambda h, s: h.update(sites=[]), 'no packer writes'),
+    (lambda h, s: h.update(sites=[]), 'scales and'),
     (lambda h, s: h.update(arithmetic='0'), 'requirements.txt'),
     (lambda h, s: s.update(wght=s['wght'][:400]), 'archive'),
     (lambda h, s: h.update(keep=0), 'keep'),
@@ -398,3 +400,51 @@ def test_online_resumes(tmp_path, monkeypatch):
             compress.main([*make, saved, '--online_seed=5'])
         assert compress.main([*command, saved]) == 0 and not (tmp_path / 'state').exists()
         assert (tmp_path / result).read_bytes() == want
+
+
+def press(monkeypatch, block, times=1):
+    """Press Ctrl-C while the given block of an online archive (from 1) is learned."""
+    real, learned = online.Learner.learn, []
+
+    def learn(*args):
+        learned.append(args)
+        for _ in range(times if len(learned) == block else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(online.Learner, 'learn', learn)
+
+
+@pytest.mark.parametrize('block', (1, 7, 20))
+def test_ctrl_c_saves_the_state_of_online_coding(tmp_path, monkeypatch, capsys, block):
+    """Coding and decoding: the segment is finished and saved, a line says how to go on, the bytes are the same."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(online, 'SEGMENT_SYMBOLS', 1000)
+    text, state = make_text(4500), tmp_path / 'state'
+    (tmp_path / 'text').write_bytes(text)
+    make = ['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '--no-verify', *ONLINE]
+    assert compress.main(make) == 0
+    whole = (tmp_path / 'arc').read_bytes()
+    os.remove(tmp_path / 'arc')
+    read = ['unpack', str(tmp_path / 'arc'), str(tmp_path / 'out'), QUIET]
+    for command, result, want in ((make, 'arc', whole), (read, 'out', text)):
+        with monkeypatch.context() as patch:
+            press(patch, block)
+            with pytest.raises(SystemExit) as left:
+                compress.main([*command, f'--state={state}'])
+        shown = capsys.readouterr().err
+        assert left.value.code == 85 and state.exists() and not (tmp_path / result).exists()
+        assert 'of 4,500 bytes; the same command goes on' in shown and str(state) in shown
+        assert sorted(p.name for p in tmp_path.iterdir() if '.tmp' in p.name) == []
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert compress.main([*command, f'--state={state}']) == 0 and not state.exists()
+        assert (tmp_path / result).read_bytes() == want
+
+
+def test_a_second_ctrl_c_leaves_online_coding_at_once(tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    (tmp_path / 'text').write_bytes(make_text(4500))
+    press(monkeypatch, 2, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), f'--state={tmp_path / "state"}',
+                       *ONLINE])
+    assert sorted(os.listdir(tmp_path)) == ['text']

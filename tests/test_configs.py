@@ -204,3 +204,12 @@ def test_the_arms_of_the_record_start_from_one_base_and_see_as_many_bytes():
         assert all({k for k in v if v[k] != arms[0][k]} <= own for v in arms)
         assert len({v['epochs'] + v['epochs_fine_tuning'] for v in arms}) == 1
         assert arms[0]['init_from'] == f'out/record_{size}_base' and arms[0]['qat_bits'] and not arms[1]['qat_bits']
+
+
+def test_wikipedia_runs_keep_their_dates():
+    """They inherited 83,000 and 86,000 s; with the shorter defaults these numbers stand in the files."""
+    paths = [path for path in CONFIGS if os.path.basename(path).startswith('wiki_')]
+    assert len(paths) > 15
+    for path in paths:
+        values = configurator.configure(dict(__file__=train.__file__, __doc__=''), [os.path.join(ROOT, path)])
+        assert (values['checkpoint_time'], values['max_runtime']) == (83_000, 86_000), path

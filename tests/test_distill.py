@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, same, torchrun, write_dataset
+from conftest import TINY, run_here, same, torchrun, write_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
@@ -19,7 +19,6 @@ import train
 from configurator import UserError
 from lab import bench
 from model import GPT, ModelConfig, model_args
-from training import huggingface
 
 ZERO = dict.fromkeys(losses.TERMS, 0.0)
 
@@ -191,15 +190,17 @@ def test_the_student_learns_from_the_teacher(distil, tmp_path, teacher):
     assert os.path.exists(tmp_path / 'run' / 'best.pt')
 
 
-def test_a_paused_run_ends_with_the_same_bytes(distil, tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', (signal.SIGUSR1, signal.SIGINT))
+def test_a_paused_run_ends_with_the_same_bytes(number, distil, tmp_path, monkeypatch):
     """A signal at step 3, then init_from=resume: tensors and table equal those of an unbroken run."""
     flags = ('--dropout=0.1', '--a_hidden=1')
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     distil(*flags, out='whole')
     real = distill.rate_at
 
     def interrupt(step, *more):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
         return real(step, *more)
     monkeypatch.setattr(distill, 'rate_at', interrupt)
     assert distil(*flags) == runs.PAUSED and runs.read_status(tmp_path / 'run') == 'paused'
@@ -245,7 +246,7 @@ def test_masks_and_truncated_students(distil, tmp_path, teacher, toy):
     runs.save_checkpoint(str(tmp_path / 'big.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
-    huggingface.main(['export', str(tmp_path / 'big.pt'), str(tmp_path / 'hf')])
+    run_here('runs.py', 'export', tmp_path / 'big.pt', tmp_path / 'hf')
     assert distil(f'--teacher={tmp_path / "hf"}', '--n_embd=16', '--a_cos=0', out='other') == 0
 
 

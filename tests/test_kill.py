@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from kill_test import N_STEPS, differences, kill_test
+from kill_test import N_STEPS, differences, interrupt_test, kill_test, online_test
 
 import runs
 
@@ -13,6 +13,20 @@ def test_four_kills_leave_the_result_as_it_was(tmp_path, capsys):
     """kill -9 at any moment, then --init_from=resume: same tensors to the bit, no gap and no repeat in the log."""
     problems = kill_test(str(tmp_path), 4, 1, seed=1)
     assert problems == [] and capsys.readouterr().out.count('kill ') == 4
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('name, ranks', [('train', 2), ('distill', 1), ('probe', 1)])
+def test_ctrl_c_at_any_moment_leaves_the_result_as_it_was(name, ranks, tmp_path, capsys):
+    """Ctrl-C on the process that a terminal would send it to, then --init_from=resume."""
+    assert interrupt_test(str(tmp_path), name, 1, ranks, seed=2) == []
+    assert capsys.readouterr().out.count('paused at step') == 1
+
+
+@pytest.mark.timeout(600)
+def test_ctrl_c_while_coding_with_a_state(tmp_path):
+    """online and unpack with --state, each stopped and continued until it is done."""
+    assert online_test(str(tmp_path), 1, seed=2) == []
 
 
 def fake_run(folder, theta, steps=range(1, N_STEPS + 1), loss='1.0', moment=0.5):

@@ -3,12 +3,13 @@ import csv
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OneProcess, same, torchrun
+from conftest import OneProcess, run_here, same, torchrun
 
 import runs
 import score
@@ -17,7 +18,6 @@ from corpus import bins
 from corpus.data import open_split
 from lab import probe
 from model import GPT, ModelConfig, make, model_args
-from training import huggingface
 
 T, C, SYMBOLS = 8, 48, 4                        # rows of 8 draws from 4 letters: 16 bits
 FLAGS = ('--device=cpu', '--dtype=float32', '--max_iters=200', '--batch_size=64', '--learning_rate=3e-3',
@@ -74,6 +74,29 @@ def table(folder):
         return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(f)]
 
 
+def test_ctrl_c_while_a_probe_is_scored(run_probe, tmp_path, monkeypatch):
+    """The decoder is saved: out at once, both run.json paused, and a resume scores without a step of training."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert run_probe('--max_iters=3', out='whole') == 0
+    real = score.evaluate
+
+    def interrupted(*args, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **named)
+    with monkeypatch.context() as patch:
+        patch.setattr(score, 'evaluate', interrupted)
+        patch.setattr(os, '_exit', sys.exit)
+        with pytest.raises(SystemExit) as left:
+            run_probe('--max_iters=3')
+    assert left.value.code == runs.PAUSED
+    for folder in ('probe', 'probe/encoder'):
+        assert '--init_from=resume' in runs.read_run(tmp_path / folder)['paused']
+    assert run_probe('--max_iters=3', '--init_from=resume') == 0
+    a, b = (runs.read_run(tmp_path / out)['rows'][0] for out in ('whole', 'probe'))
+    assert a['loss_nats'] == b['loss_nats']
+    assert table(tmp_path / 'whole' / 'encoder') == table(tmp_path / 'probe' / 'encoder')
+
+
 def test_an_encoder_that_keeps_its_input_beats_an_untrained_one(run_probe, draws, tmp_path, monkeypatch, capsys):
     """The gap shows in all numbers, which equal a loop; encoders get no gradient and keep every bit."""
     made, real = [], probe.make_probe
@@ -114,7 +137,8 @@ def test_an_encoder_that_keeps_its_input_beats_an_untrained_one(run_probe, draws
         assert (tmp_path / 'probe' / name).stat().st_size > 0, name
 
 
-def test_a_paused_probe_ends_with_the_same_bytes(run_probe, tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', (signal.SIGUSR1, signal.SIGINT))
+def test_a_paused_probe_ends_with_the_same_bytes(number, run_probe, tmp_path, monkeypatch):
     """A signal in the second of two encoders, then a resume: it goes on, the first is kept, all is as unbroken."""
     flags = ('--untrained', '--max_iters=6')
     assert run_probe(*flags, out='whole') == 0
@@ -123,10 +147,12 @@ def test_a_paused_probe_ends_with_the_same_bytes(run_probe, tmp_path, monkeypatc
     def interrupt(step, *more):
         calls.append(step)
         if len(calls) == 9:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
         return real(step, *more)
     monkeypatch.setattr(probe, 'rate_at', interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert run_probe(*flags) == runs.PAUSED and runs.read_status(tmp_path / 'probe') == 'paused'
+    assert '--init_from=resume' in runs.read_run(tmp_path / 'probe')['paused']
     first = os.stat(tmp_path / 'probe' / 'encoder' / 'ckpt.pt').st_mtime_ns
     for more, words in ((('--learning_rate=1e-4',), 'cannot resume: learning_rate = 0.0001'),
                         (('--n_layer=2',), 'cannot resume: n_layer = 2')):
@@ -167,7 +193,7 @@ def test_a_hugging_face_folder_is_an_encoder(draws, tmp_path):
     """The same weights as a GPT-2 folder give the same numbers; the data set must then be named."""
     torch.manual_seed(5)
     path = save(tmp_path / 'm', GPT(config(positions='learned')))
-    huggingface.main(['export', f'{path}/ckpt.pt', str(tmp_path / 'folder')])
+    run_here('runs.py', 'export', f'{path}/ckpt.pt', tmp_path / 'folder')
     flags = [f'--data_dir={draws[0]}', f'--from_ckpt={path},{tmp_path / "folder"}', f'--out_dir={tmp_path / "p"}',
              *FLAGS, '--max_iters=5', '--spread=repeat', '--positions=learned']
     with pytest.raises(UserError, match='--dataset=NAME'):

@@ -479,6 +479,71 @@ def test_time_limit_checkpoint_holds_everything(train_tiny, tmp_path, unbroken, 
     assert_same_run(tmp_path / 'run', unbroken)
 
 
+def interrupt_at(monkeypatch, step, *numbers):
+    """Send this process signals while the given step (from 1) is under way, as if Ctrl-C were never ignored here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    real = train.rate_at
+    left = list(numbers)                                    # the rate is asked for several times a step
+
+    def rate(s, *more):
+        while s == step - 1 and left:
+            os.kill(os.getpid(), left.pop(0))
+        return real(s, *more)
+    monkeypatch.setattr(train, 'rate_at', rate)
+
+
+@pytest.mark.parametrize('stop', (2, 9, 14, 21))
+def test_ctrl_c_saves_and_says_how_to_go_on(stop, train_tiny, tmp_path, monkeypatch, unbroken, capfd):
+    """SIGINT threw a run away. The SIGTERM that torchrun sends after it is no second interrupt."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, stop, signal.SIGINT, signal.SIGTERM)
+        assert train_tiny(*RESUMED) == 85
+    line = f'paused step={stop} reason=SIGINT; continue with --init_from=resume'
+    record = runs.read_run(str(tmp_path / 'run'))
+    assert record['status'] == 'paused' and record['paused'] == line
+    assert (tmp_path / 'run' / 'log.txt').read_text().rstrip('\n').endswith(line)
+    shown = capfd.readouterr()
+    assert line in shown.out and shown.err.count('interrupt: ') == 1 and 'second Ctrl-C' in shown.err
+    assert train_tiny(*RESUMED, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+    assert 'paused' not in runs.read_run(str(tmp_path / 'run'))
+
+
+def test_a_second_ctrl_c_leaves_at_once(train_tiny, tmp_path, monkeypatch, unbroken):
+    """Nobody waits for a step that hangs; what the last checkpoint holds is what a resume goes on from."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9, signal.SIGINT, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(*RESUMED, '--checkpoint_time=1e-9')
+    assert runs.load_checkpoint(str(tmp_path / 'run'))['step'] == 8
+    runs.close_run_folders()                                # as at exit
+    assert train_tiny(*RESUMED, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_ctrl_c_while_scoring_leaves_that_to_a_resume(train_tiny, tmp_path, monkeypatch, unbroken):
+    """All is saved by then: out at once with 85, and the same line where people look for it."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 22, signal.SIGINT)
+        patch.setattr(os, '_exit', sys.exit)
+        with pytest.raises(SystemExit) as left:
+            train_tiny(*RESUMED)
+    record = runs.read_run(str(tmp_path / 'run'))
+    assert left.value.code == 85 and record['status'] == 'paused' and '--init_from=resume' in record['paused']
+    assert (tmp_path / 'run' / 'log.txt').read_text().rstrip('\n').endswith(record['paused'])
+    assert os.listdir(tmp_path) == ['run']                  # the lock is gone, although no atexit was run
+    assert train_tiny(*RESUMED, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_an_ignored_ctrl_c_stays_ignored(train_tiny, tmp_path):
+    """nohup and a shell's background jobs ignore SIGINT: what is pressed for the foreground must not end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2, signal.SIGINT)
+        assert train_tiny('--max_iters=4', '--final_train_blocks=0') == 0
+
+
 def test_killed_after_a_checkpoint_leaves_no_gap_and_no_repeat(train_tiny, tmp_path, unbroken, monkeypatch):
     """kill -9 some steps after the last checkpoint: log.txt and train_loss.csv must be cut back to it, not repeated."""
     class Killed(BaseException):

@@ -9,6 +9,7 @@ from conftest import snapshot, write_dataset
 from configurator import UserError
 from corpus import bins
 from corpus.bins import Bin, BinWriter, batch_starts, n_blocks, open_bin, permute
+from corpus.data import open_split
 
 
 def edit_meta(data_dir, change):
@@ -214,3 +215,58 @@ def test_empty_split_opens(tmp_path):
     """An empty split cannot be memory-mapped; opening must not crash."""
     write_dataset(str(tmp_path), sizes=(100, 0, 50))
     assert open_bin(str(tmp_path), 'toy', 'val').n_tokens == 0
+
+
+# --- names from meta.json ---
+
+HOSTILE = ('/etc/passwd', '../precious', 'sub/../../precious', 'sub/x.bin', '..', '', 7)
+
+
+@pytest.mark.parametrize('name', HOSTILE, ids=str)
+@pytest.mark.parametrize('field', ('file', 'index', 'mask', 'token_bytes'))
+def test_a_meta_json_may_not_name_files_elsewhere(tmp_path, field, name):
+    """A data set from a stranger whose train.bin is /etc/shadow: refused in one line when it is opened."""
+    write_dataset(str(tmp_path))
+    path = tmp_path / 'toy' / 'meta.json'
+    meta = json.loads(path.read_text())
+    meta['rows'] = dict(length=32, control='')              # asked for where there is a mask
+    place = meta['tokenizer'] if field == 'token_bytes' else meta['splits']['train']
+    place[field] = name
+    path.write_text(json.dumps(meta))
+    if field == 'token_bytes' and name == '':
+        assert bins.open_bin(str(tmp_path), 'toy', 'train').n_tokens == 4096        # '' there: no table
+        return
+    with pytest.raises(UserError, match='meta.json names the file') as e:
+        open_split(str(tmp_path), 'toy', 'train')
+    assert '\n' not in str(e.value) and repr(name) in str(e.value)
+
+
+@pytest.mark.parametrize('name', HOSTILE, ids=str)
+@pytest.mark.parametrize('field', ('file', 'index', 'mask'))
+def test_overwriting_a_data_set_deletes_nothing_elsewhere(tmp_path, field, name):
+    """--overwrite deleted what the old meta.json named: refused before a byte is written, and at the end again."""
+    write_dataset(str(tmp_path))
+    (tmp_path / 'precious').write_text('mine')
+    (tmp_path / 'toy' / 'sub').mkdir()
+    path = tmp_path / 'toy' / 'meta.json'
+    meta = json.loads(path.read_text())
+    meta['splits']['train'][field] = name
+    path.write_text(json.dumps(meta))
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match='meta.json names the file'):
+        bins.may_write(str(tmp_path / 'toy'), 'prepare_text.py', ['--overwrite'], True)
+    with pytest.raises(UserError, match='meta.json names the file'):
+        bins.finish(str(tmp_path / 'toy'), 'prepare_text.py', [], {}, {})
+    assert snapshot(tmp_path) == before
+
+
+def test_a_broken_meta_json_can_be_overwritten(tmp_path):
+    """Its cure is to prepare the data set again, which must not end in the same message after hours."""
+    folder = str(tmp_path / 'toy')
+    write_dataset(str(tmp_path))
+    (tmp_path / 'toy' / 'meta.json').write_text('{"form')
+    assert bins.may_write(folder, 'prepare_text.py', ['--name=toy', '--overwrite'], True) == ['--name=toy']
+    writer = bins.BinWriter(folder, 'train')
+    writer.write(b'new text')
+    bins.finish(folder, 'prepare_text.py', [], {'train': writer}, {})
+    assert bytes(bins.open_bin(str(tmp_path), 'toy', 'train').tokens) == b'new text'
