@@ -216,13 +216,13 @@ def split_paths(argv, count, command):
     return paths, rest
 
 
-def configure(namespace, argv=None, verbs=None, fields_of=''):
+def configure(namespace, argv=None, verbs=None, fields_of='', default_verb=''):
     """Set a script's knobs from argv and return them as a dict; with verbs, return (verb, paths, dict).
 
     namespace: globals() of the script. argv: list of str; by default the command line where the script is the program,
-    and nothing where it is imported. verbs: {verb: number of paths, or what else split_paths takes}. fields_of: a
-    dataclass whose fields are knobs too, found in the source by knobs_of. Defaults are read from the source, so a
-    second call in one process starts afresh. Raises UserError; --help exits 0.
+    and nothing where it is imported. verbs: {verb: number of paths, or what else split_paths takes}; default_verb: what
+    is meant where none is named. fields_of: a dataclass whose fields are knobs too, found in the source by knobs_of.
+    Defaults are read from the source, so a second call in one process starts afresh. Raises UserError; --help exits 0.
     """
     defaults, block = knobs_of(namespace['__file__'])
     if argv is None and namespace.get('__name__', '__main__') != '__main__':
@@ -231,7 +231,10 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
         as_program()
         argv = sys.argv[1:]
     argv = list(argv)
-    if '--help' in argv or '-h' in argv or (verbs and not argv):
+    asks_for_help = '--help' in argv or '-h' in argv
+    if default_verb and not asks_for_help and (not argv or argv[0].startswith('--')):
+        argv = [default_verb, *argv]
+    if asks_for_help or (verbs and not argv):
         print_help(namespace['__doc__'], block)
         raise SystemExit(0)
 

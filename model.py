@@ -805,9 +805,3 @@ def flops_per_block(config, T):
     projections = 2 * C * C if config.block_type == 'multihead_mixer' else 0
     n_matrices = config.kernel * (2 * config.expansion or 1)
     return 6 * (feed_forward + projections + n_matrices * C * T)
-
-
-def optimizer_groups(params, weight_decay):
-    """Split a list of parameters in two AdamW groups: matrices and embeddings decay, biases and norm gains do not."""
-    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]

@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from corpus import bins  # noqa: E402
+from training import folder as folders  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -142,14 +143,13 @@ class OneProcess:
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    """train.main installs handlers for signals and a timer, and opens a run folder; give pytest its own back."""
+    """A trainer installs handlers for signals and a timer, and opens a run folder; give pytest its own back."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
-    if 'runs' in sys.modules:               # what a process does at its exit
-        sys.modules['runs'].close_run_folders()
+    folders.close_run_folders()             # what a process does at its exit
 
 
 @pytest.fixture(scope='session')
