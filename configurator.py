@@ -147,6 +147,16 @@ def retired(name, value, where):
     return True
 
 
+def retired_flag(name, equals, text, where):
+    """Say whether --NAME, --no-NAME or --NAME=text is a knob of an earlier version; refuse all but its last value."""
+    positive = name.removeprefix('no_')
+    if not equals and positive in RETIRED and type(RETIRED[positive][0]) is bool:
+        return retired(positive, positive == name, where)
+    if name not in RETIRED:
+        return False
+    return retired(name, parse(name, text, RETIRED[name][0], where), where)
+
+
 def unknown(name, defaults, where):
     close = difflib.get_close_matches(name, defaults, 1, 0.5)
     hint = f'did you mean {close[0]}?' if close else 'see --help for the list'
@@ -298,9 +308,8 @@ def set_by_flag(flag, values, defaults):
         values[name] = True
     elif not equals and name.startswith('no_') and isinstance(defaults.get(name[3:]), bool):
         values[name[3:]] = False
-    elif name in RETIRED:
-        only, _ = RETIRED[name]
-        retired(name, parse(name, text, only, where), where)
+    elif retired_flag(name, equals, text, where):
+        return
     elif name in defaults:
         raise UserError(f'{where}: --{name} needs a value, write --{name}={default!r}')
     else:

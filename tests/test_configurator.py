@@ -128,6 +128,10 @@ def test_a_config_that_has_moved_is_named_with_its_new_place(script, monkeypatch
 def test_a_knob_that_is_gone_may_stay_at_its_old_default(script, tmp_path, monkeypatch):
     """An older config sets it to what is now always done; another value needs an answer, not a guess."""
     monkeypatch.setitem(configurator.RETIRED, 'gone', (0.5, 'use seed'))
+    monkeypatch.setitem(configurator.RETIRED, 'switch', (False, 'use seed'))
+    assert 'switch' not in configure(script, ['--no-switch', '--switch=0'])
+    with pytest.raises(UserError, match='switch = True is no knob any more'):
+        configure(script, ['--switch'])
     assert 'gone' not in configure(script, ['--gone=0.5', config(tmp_path, 'gone = 0.5\n')])
     for argument in ('--gone=0.25', config(tmp_path, 'gone = 0.25\n')):
         with pytest.raises(UserError, match='gone = 0.25 is no knob any more .*0.5.*; use seed'):

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 
-from configurator import UserError, knobs_of, refuse, require
+from configurator import RETIRED, UserError, knobs_of, refuse, require
 from corpus.bins import sha256_file
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
@@ -209,7 +209,8 @@ def encoder_weights(checkpoint):
 def check_resume(start, path, data, config, fixed, script):
     """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`.
 
-    A checkpoint older than a knob of the script (its path) did what the knob's default does.
+    A checkpoint older than a knob of the script (its path) did what the knob's default does, and a script that has
+    lost a knob does what the knob's last value did.
     """
     problems = []
     for key in ('sha256', 'start_id'):
@@ -218,7 +219,9 @@ def check_resume(start, path, data, config, fixed, script):
             problems.append(f'cannot resume: {key} is {data[key]!r}, the checkpoint has {before!r}; use the original'
                             f' one, or init_from={path} for a new run')
     defaults, _ = knobs_of(script)
-    had = defaults | start['config']
+    lost = {name: last for name, (last, _) in RETIRED.items()}
+    config = lost | config
+    had = lost | defaults | start['config']
     for key in fixed:
         if had[key] != config[key]:
             problems.append(f'cannot resume: {key} = {config[key]!r}, the checkpoint has {had[key]!r}')

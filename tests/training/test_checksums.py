@@ -82,7 +82,7 @@ def test_a_flipped_bit_names_the_older_checkpoints(train_tiny, tmp_path):
     run = tmp_path / 'run'
     shutil.copy(run / 'ckpt.pt', run / 'ckpt.pt.1')
     shutil.copy(run / 'ckpt.pt', run / 'best.pt')
-    moment = next(iter(load_checkpoint(run)['optimizer']['state'].values()))['exp_avg']
+    moment = next(iter(load_checkpoint(run)['optimizer'][0]['state'].values()))['exp_avg']
     content = (run / 'ckpt.pt').read_bytes()
     flip(run / 'ckpt.pt', content.index(moment.numpy().tobytes()[:64]), 3)
     with pytest.raises(UserError) as e:
