@@ -7,13 +7,14 @@ import torch
 from conftest import OneProcess, run_here, snapshot
 
 import prune
-import runs
 import score
 import sparse
 from configurator import UserError
 from corpus.data import open_split
 from lab import bench
 from model import GPT, ModelConfig, flops_per_token, model_args, n_parameters
+from training.checkpoint import load_checkpoint, load_model, save_checkpoint
+from training.folder import read_run
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def trained(train_tiny, tmp_path):
 def pruned(trained, tmp_path, toy, *flags, out='pruned'):
     run_here('prune.py', f'--from_ckpt={trained}', f'--out_dir={tmp_path / out}', f'--data_dir={toy}', '--device=cpu',
              *flags)
-    return runs.load_checkpoint(str(tmp_path / out)), runs.read_run(str(tmp_path / out))
+    return load_checkpoint(str(tmp_path / out)), read_run(str(tmp_path / out))
 
 
 def zeros(checkpoint, names):
@@ -56,7 +57,7 @@ def test_tamade_respects_delta(trained, tmp_path, toy):
 def test_gamma_keeps_what_gamma_says(trained, tmp_path, toy):
     """γ < ½ is the rule of --method=gamma, weight by weight."""
     checkpoint, _ = pruned(trained, tmp_path, toy, '--method=gamma', '--no-sweep_dead_units')
-    gamma = runs.load_checkpoint(trained)['procedure']['gamma']
+    gamma = load_checkpoint(trained)['procedure']['gamma']
     assert any((g < 0.5).any() for g in gamma.values())
     assert all(torch.equal(checkpoint['masks'][n], g >= 0.5) for n, g in gamma.items())
 
@@ -69,7 +70,7 @@ def test_sweep_and_unused_rows_leave_the_loss(trained, tmp_path, toy):
     assert zeros(after, after['masks']) > zeros(before, before['masks'])
     x = torch.randint(97, 122, (2, 32))
     x[x == 106] = 101                                       # 'j' does not occur in the corpus
-    logits = [runs.load_model(str(tmp_path / out))[0](x) for out in 'ab']
+    logits = [load_model(str(tmp_path / out))[0](x) for out in 'ab']
     assert torch.allclose(*logits, atol=1e-6)
 
 
@@ -77,7 +78,7 @@ def test_masks_hold_in_later_training(trained, tmp_path, toy, train_tiny):
     """init_from takes the masks along: what prune.py zeroed is zero after fine-tuning."""
     checkpoint, _ = pruned(trained, tmp_path, toy, '--method=magnitude', '--sparsity=0.6')
     train_tiny('--max_iters=5', f'--init_from={tmp_path / "pruned"}', '--final_train_blocks=0', out='tuned')
-    tuned = runs.load_checkpoint(str(tmp_path / 'tuned'))
+    tuned = load_checkpoint(str(tmp_path / 'tuned'))
     for name, mask in checkpoint['masks'].items():
         assert not tuned['model'][name][~mask].any()
         assert not torch.equal(tuned['model'][name], checkpoint['model'][name])
@@ -148,7 +149,7 @@ def deep(tmp_path):
     mask = torch.rand(32, 8) < 0.5
     with torch.no_grad():
         model.blocks[2].feed_forward.up.weight.mul_(mask)
-    runs.save_checkpoint(str(tmp_path / 'deep.pt'), dict(
+    save_checkpoint(str(tmp_path / 'deep.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={'blocks.2.feed_forward.up.weight': mask},
         config={}, data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
     return str(tmp_path / 'deep.pt'), model
@@ -161,7 +162,7 @@ def test_a_strategy_keeps_whole_layers(deep, tmp_path, toy, strategy, kept):
     """Blocks bit for bit, in order; embeddings, norm and head too; parent and layers are named."""
     path, teacher = deep
     found, record = pruned(path, tmp_path, toy, f'--strategy={strategy}')
-    student = runs.load_model(str(tmp_path / 'pruned'))[0]
+    student = load_model(str(tmp_path / 'pruned'))[0]
     assert student.config.n_layer == len(kept) == found['model_args']['n_layer']
     for mine, i in zip(student.blocks, kept):
         assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(),
@@ -181,7 +182,7 @@ def test_all_layers_kept_are_the_teacher(deep, tmp_path, toy):
     pruned(path, tmp_path, toy, '--layers=' + ','.join(map(str, range(12))))
     x = torch.randint(256, (2, 16))
     with torch.no_grad():
-        assert torch.equal(runs.load_model(str(tmp_path / 'pruned'))[0].eval()(x), teacher(x))
+        assert torch.equal(load_model(str(tmp_path / 'pruned'))[0].eval()(x), teacher(x))
 
 
 @pytest.mark.parametrize('n, strategy, kept', [

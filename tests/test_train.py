@@ -43,6 +43,7 @@ from training.checkpoint import load_checkpoint, load_model, parent_of, save_che
 from training.folder import read_run, read_status
 from training.plan import Schedule
 
+
 def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
     """Off-by-one in stop_epoch_at_batch*, prunings at the wrong epoch, a schedule that differs from the plan."""
     assert train_tiny(*THREE_PHASES, '--prune_every=2', '--warmup_iters=5', '--schedule=cosine') == 0
@@ -705,7 +706,7 @@ def test_the_time_limit_counts_from_the_start(train_tiny, monkeypatch):
 
 @pytest.mark.parametrize('phase', ('steps', 'scoring'))
 def test_time_limit_is_kept(phase, train_tiny, tmp_path, monkeypatch):
-    """The end of max_runtime ends steps after the one under way, and the final scoring, which may take hours, at once."""
+    """The end of max_runtime ends steps after the one under way, and the final scoring, at once."""
     real = score.evaluate
     scored = []
 
