@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from configurator import UserError, at_least, configure, one_of, require
+from configurator import UserError, at_least, configure, one_of
 
 # -----------------------------------------------------------------------------
 device = 'cpu'                  # 'cpu' or 'cuda': where the integer model runs; two-part archives do not depend on it
@@ -58,12 +58,23 @@ state = ''                      # file to save online coding or decoding in afte
 # -----------------------------------------------------------------------------
 
 VERBS = dict(pack=(2, 3), online=(1, 2), unpack=(1, 2), verify=2, info=1)
-verb, paths, config = configure(globals(), verbs=VERBS)
+MAX_BLOCK_BYTES = 1 << 24
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    return (one_of('device', k.device, ('cpu', 'cuda')), at_least('threads', k.threads, 0),
+            at_least('streams', k.streams, 0), at_least('streams_at_once', k.streams_at_once, 0),
+            at_least('sample_rows', k.sample_rows, 1), at_least('keep', k.keep, 0),
+            at_least('weight_bits', k.weight_bits, 0),
+            (0 < k.block_bytes <= MAX_BLOCK_BYTES, f'block_bytes = {k.block_bytes}, expected 1 to {MAX_BLOCK_BYTES}'))
+
+
+verb, paths, config = configure(globals(), verbs=VERBS, rules=rules)
 
 from codec.container import (
     CODED,
     DAMAGED,
-    MAX_BLOCK,
     ONLINE,
     TWO_PART,
     forged_archives,
@@ -75,15 +86,6 @@ from codec.output import Output, check_state, signals_remove_temporaries
 from codec.progress import say
 
 ENDING = '.mdl'                                 # of an archive's name where none is given
-
-
-def check_knobs(k):
-    """Raise one UserError that lists every knob that cannot be meant."""
-    require(one_of('device', k.device, ('cpu', 'cuda')), at_least('threads', k.threads, 0),
-            at_least('streams', k.streams, 0), at_least('streams_at_once', k.streams_at_once, 0),
-            at_least('sample_rows', k.sample_rows, 1), at_least('keep', k.keep, 0),
-            at_least('weight_bits', k.weight_bits, 0),
-            (0 < k.block_bytes <= MAX_BLOCK, f'block_bytes = {k.block_bytes}, expected 1 to {MAX_BLOCK}'))
 
 
 def knobs_for(settings_class, k, prefix=''):
@@ -210,19 +212,8 @@ def compare(archive_path, path, k):
 def info(path):
     """Print what an archive holds."""
     raw = read_input(path)
-    kind, head, table, sections = read_archive(raw, path)
-    n_coded = sum(entry.form == CODED for entry in table)
-    rows = [('kind', KINDS[kind].name),
-            ('original', f'{head["bytes"]:,} bytes, sha256 {head["sha256"]}'),
-            ('archive', f'{len(raw):,} bytes, {8 * len(raw) / max(1, head["bytes"]):.4f} bits per byte'),
-            ('blocks', f'{len(table)}, {n_coded} coded by the model')]
-    rows += [(f'section {name}', f'{len(section):,} bytes') for name, section in sections.items()]
-    if 'wght' in sections:
-        rows.append(('weights', weights_in_words(sections['wght'], head['args'])))
-        rows.append(('data', f'{8 * len(sections["data"]) / head["bytes"]:.4f} bits per byte'))
-    rows += [(name, value) for name, value in head.items() if name not in ('bytes', 'sha256', 'sites', 'wide')]
-    if 'strings' in head:
-        rows.append(('external', f'tokenizer {head["tokenizer"]}, about 1 MB, is not in the archive'))
+    with forged_archives(path):
+        rows = facts_of(raw, read_archive(raw, path))
     with Output('-', at_once=True) as out:
         out.write(''.join(f'{name:16} {value}\n' for name, value in rows).encode())
         out.commit()
@@ -267,6 +258,24 @@ def verify_in_fresh_process(out, path, original, k):
         raise UserError('the archive does not decode to the file and was not kept; please report it with your machine')
 
 
+def facts_of(raw, archive):
+    """Return what is known of an archive, of bytes raw, as [(name, value)]."""
+    kind, head, table, sections = archive
+    n_coded = sum(entry.form == CODED for entry in table)
+    rows = [('kind', KINDS[kind].name),
+            ('original', f'{head["bytes"]:,} bytes, sha256 {head["sha256"]}'),
+            ('archive', f'{len(raw):,} bytes, {8 * len(raw) / max(1, head["bytes"]):.4f} bits per byte'),
+            ('blocks', f'{len(table)}, {n_coded} coded by the model')]
+    rows += [(f'section {name}', f'{len(section):,} bytes') for name, section in sections.items()]
+    if 'wght' in sections:
+        rows.append(('weights', weights_in_words(sections['wght'], head['args'])))
+        rows.append(('data', f'{8 * len(sections["data"]) / head["bytes"]:.4f} bits per byte'))
+    rows += [(name, value) for name, value in head.items() if name not in ('bytes', 'sha256', 'sites', 'wide')]
+    if 'strings' in head:
+        rows.append(('external', f'tokenizer {head["tokenizer"]}, about 1 MB, is not in the archive'))
+    return rows
+
+
 def weights_in_words(section, args):
     """Say what a wght section of a model's args holds."""
     from codec import weights
@@ -292,7 +301,6 @@ def forget_state(k):
 
 if __name__ == '__main__':
     k = SimpleNamespace(**config)
-    check_knobs(k)
 
     # What must not be written over, or cannot be written, is found before anything is read.
     if verb in WRITERS or verb == 'unpack':

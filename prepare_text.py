@@ -13,7 +13,7 @@ by the hash of their content, so that a text that occurs twice never stands on b
 its tail, or nothing where val_source is given. Memory is constant, but for a hash per validation and test document.
 Packed, documents follow each other, the last row of a split is short and scored like the others; {split}.index.bin
 says where each begins. With rows, none shares a row: a longer one goes on in the next (or is cut, --truncate), each row
-is predicted from the start id on, and {split}.mask.bin hides the padding from the loss (rows.py).
+is predicted from the start id on, and {split}.mask.bin hides the padding from the loss (corpus/rows.py).
 """
 import functools
 import hashlib
@@ -21,16 +21,11 @@ import itertools
 import math
 import os
 import re
+import types
 
-from tqdm import tqdm
+from configurator import UserError, at_least, configure, require
 
-from configurator import UserError, at_least, configure, require, run
-from corpus import clean
-from corpus.bins import BinWriter, finish, may_write
-from corpus.documents import local_files, open_source
-from corpus.rows import DocumentRowWriter
-from corpus.tokens import load_tokenizer, pieces_of, tokenizer_meta
-
+# -----------------------------------------------------------------------------
 name = ''                       # data set to make, data/NAME
 source = ''                     # file, glob (quoted; ** descends), hub id, or local folder in hub layout
 tokenizer = 'byte'              # byte, gpt2, NAME of train_tokenizer.py, or PATH of a tokenizer.json (or its folder)
@@ -44,134 +39,143 @@ test_fraction = 0.01            # cut only where val is cut too
 max_bytes = 0                   # leading bytes of the source to use; 0: all. val_source and test_source are taken whole
 document_separator = r'\n\n\n'  # between documents at byte level, where BPE has end-of-text; between joined rows
 join_rows = False               # the rows of a source are parts of one text, not documents: WikiText on the hub
-clean_lines = False             # drop near-duplicate lines and lines with HTML tags (clean.py) and report how many
+clean_lines = False             # drop near-duplicate lines and lines with HTML tags, and report how many
 end_of_text = '<|endoftext|>'   # its name in a tokenizer.json
 rows = 0                        # tokens in a row that one document has for itself; 0: documents are packed
 truncate = False                # with rows: a document is its first row, what is beyond is left out
 seed = 0                        # another seed cuts other documents
 num_proc = 0                    # threads that tokenise; 0: one per core. Any number gives the same bytes
 overwrite = False               # replace a finished data set of this name that another command made
+# -----------------------------------------------------------------------------
+
+config = configure(globals())
+
+from tqdm import tqdm
+
+from corpus.bins import finish, may_write
+from corpus.documents import (
+    Document,
+    LineCleaner,
+    before_character,
+    joined,
+    leading,
+    local_files,
+    open_source,
+    part_of,
+    size_of,
+)
+from corpus.rows import DocumentRowWriter
+from corpus.tokens import load_tokenizer, tokenizer_meta
+from corpus.writer import PackedWriter, TokenQueue, fractions_fit, hash_of, split_at, thresholds
 
 SCRIPT = 'prepare_text.py'
-FEW = 1000                      # documents up to which a cut is exact by rank; beyond, the fraction of a hash's range
-BATCH = 1 << 20                 # characters handed to the tokenizer's threads together
+OWN = 'own split'               # what meta.json says of a split that the source brings
 
 
-# --- documents: (label, read), see sources.py ---
+def check_knobs(k):
+    require((k.name != '', 'name is empty; name the data set, --name=mine makes data/mine'),
+            (k.source != '', "source is empty; give files, --source='texts/*.txt', or the id of a hub data set"),
+            at_least('max_bytes', k.max_bytes, 0), at_least('num_proc', k.num_proc, 0),
+            (k.rows == 0 or k.rows >= 2, f'rows = {k.rows}, expected at least 2 tokens in a row, or 0 for packed'
+             ' documents'),
+            (k.rows > 0 or not k.truncate, 'truncate cuts a document to its first row; set --rows=512, or leave it'
+             ' out'),
+            (not (k.rows and k.join_rows), 'join_rows makes one text of all, rows keeps documents apart; leave one'
+             ' out'),
+            fractions_fit(k.val_fraction, k.test_fraction))
 
-def read_source(where):
+
+# --- where the documents of each split come from ---
+
+def unescaped(text):
+    r"""Return a separator as bytes; \n, \t and \r in it are what they stand for."""
+    return re.sub(r'\\([ntr])', lambda m: dict(n='\n', t='\t', r='\r')[m[1]], text).encode()
+
+
+def read_source(where, separator, k):
     """Return {split: function that gives its documents anew}, with join_rows one document each."""
-    splits = open_source(where, text_field, hub_config, keep_empty=join_rows)
-    return {split: functools.partial(joined, make) for split, make in splits.items()} if join_rows else splits
+    splits = open_source(where, k.text_field, k.hub_config, keep_empty=k.join_rows)
+    if not k.join_rows:
+        return splits
+    return {split: functools.partial(joined, documents, separator) for split, documents in splits.items()}
 
 
-def joined(documents):
-    """Yield the documents of a source as one, with the separator between them."""
-    def read():
-        for i, (_, parts) in enumerate(documents()):
-            yield separator_bytes() if i else b''
-            yield from parts()
-    if next(filter(None, read()), b''):
-        yield 'the joined rows', read
+def given_splits(separator, k):
+    """Return ({split: function that gives its documents}, {val or test: where it is from}) of what need not be cut."""
+    given = read_source(k.source, separator, k)
+    require(('train' in given, f'{k.source!r} has no split train, only {", ".join(given)}; expected one to train on'))
+    origin = {}
+    for split, where in (('val', k.val_source), ('test', k.test_source)):
+        if where:
+            clash = set(map(os.path.realpath, local_files(k.source))) & set(map(os.path.realpath, local_files(where)))
+            require((not clash, f'{split}_source and source share {", ".join(sorted(clash)[:3])}, expected other text;'
+                     f' leave {split}_source out to have documents of the source set aside'))
+            theirs = read_source(where, separator, k)
+            given[split] = theirs[split] if split in theirs else next(iter(theirs.values()))
+        if split in given:
+            origin[split] = where or OWN
+    return given, origin
 
 
-def part(read, start, stop):
-    """Yield bytes [start, stop) of a document (stop may be inf)."""
-    position = 0
-    for chunk in read():
-        if position >= stop:
-            return
-        if position + len(chunk) > start:
-            yield chunk[max(0, start - position):min(len(chunk), stop - position)]
-        position += len(chunk)
+def cut_by_hash(documents, test_below, val_below, seed):
+    """Yield (split, Document); val_below 0: all train, and none is hashed."""
+    for document in documents:
+        place = hash_of(document.read(), seed) if val_below else 0
+        yield split_at(place, test_below, val_below), document
 
 
-def size_of(read, enough=math.inf):
-    """Count the bytes of a document, up to enough of them."""
-    return sum(map(len, part(read, 0, enough)))
+def cut_tail(document, val_share, test_share):
+    """Yield (split, Document) of one document: its head trains, contiguous tails of whole characters do not."""
+    label, read = document
+    size = size_of(read)
+    n_val = math.ceil(size * val_share)
+    n_test = math.ceil(size * test_share)
+    val_at = before_character(read, max(0, size - n_val - n_test))
+    test_at = before_character(read, max(0, size - n_test))
+    for split, start, stop in (('train', 0, val_at), ('val', val_at, test_at), ('test', test_at, size)):
+        if stop > start:
+            yield split, Document(f'{label} from byte {start:,}', functools.partial(part_of, read, start, stop))
 
 
-def before_character(read, position):
-    """Return the last place at or before position where a UTF-8 character starts."""
-    tail = b''.join(part(read, max(0, position - 3), position + 1))
-    back = next((i for i, byte in enumerate(reversed(tail)) if byte & 0xC0 != 0x80), 0)
-    return position - back if size_of(read, position + 1) > position else position
-
-
-def leading(documents, n_bytes, separator, whole_characters):
-    """Yield the documents that fill the leading n_bytes of the joined text; the last one is cut."""
-    left = n_bytes
-    for label, read in documents:
-        size = size_of(read, left)
-        stop = before_character(read, size) if whole_characters else size
-        if stop > 0:
-            yield label, functools.partial(part, read, 0, stop)
-        left -= size + len(separator)
-        if left <= 0:
-            return
-
-
-def hash_of(read):
-    """Return 64 bits of a document's content, keyed by the seed."""
-    digest = hashlib.blake2b(digest_size=8, key=str(seed).encode())
-    for chunk in read():
-        digest.update(chunk)
-    return int.from_bytes(digest.digest(), 'big')
-
-
-# --- splits being written ---
-
-def separator_bytes():
-    return re.sub(r'\\([ntr])', lambda m: dict(n='\n', t='\t', r='\r')[m[1]], document_separator).encode()
-
+# --- writing ---
 
 class Splits:
-    """Documents go in, BinWriters fill; at byte level with the separator between documents, in BPE with end-of-text."""
+    """The splits being written: documents go in, writers appear as they are needed."""
 
-    def __init__(self, folder, tok):
-        self.folder, self.tok, self.writers, self.waiting, self.n_waiting = folder, tok, {}, [], 0
-        self.existed, self.separator = os.path.isdir(folder), separator_bytes()
-        self.meta = tokenizer_meta(tok)
-        self.bar = tqdm(unit='B', unit_scale=True, desc=name, disable=None)
-        self.cleaner = clean.LineCleaner() if clean_lines else None
+    def __init__(self, folder, tok, separator, k):
+        self.folder = folder
+        self.existed = os.path.isdir(folder)
+        self.tok = tok
+        self.separator = separator if tok is None else [tok.end]
+        self.dtype = tokenizer_meta(tok)['dtype']
+        self.rows = k.rows
+        self.truncate = k.truncate
+        self.cleaner = LineCleaner() if k.clean_lines else None
+        self.bar = tqdm(unit='B', unit_scale=True, desc=k.name, disable=None)
+        self.queue = TokenQueue(tok, self.bar.update)
+        self.writers = {}
 
     def add(self, split, label, chunks):
-        """Append one document to a split."""
+        """Append one document, bytes in chunks, to a split."""
         if split not in self.writers:
-            self.writers[split] = DocumentRowWriter(
-                self.folder, split, self.meta['dtype'], self.tok, rows, truncate) if rows else BinWriter(
-                self.folder, split, self.meta['dtype'])
-        writer = self.writers[split]
-        chunks = filter(None, self.cleaner(chunks) if self.cleaner else chunks)
-        if self.tok is None:
-            for i, chunk in enumerate(chunks):
-                if i == 0:                                              # a document of which nothing is left is none
-                    writer.write(self.separator if writer.n_bytes and not rows else b'', documents=0)
-                    writer.begin_document()
-                writer.write(chunk, documents=0)
-                self.bar.update(len(chunk))
-            return
-        for i, piece in enumerate(pieces_of(chunks, label)):
-            self.waiting.append((writer, piece, i == 0))
-            self.n_waiting += len(piece) + 64                           # a document of no length costs something too
-            if self.n_waiting > BATCH:
-                self.flush()
+            self.writers[split] = self.new_writer(split)
+        if self.cleaner:
+            chunks = self.cleaner(chunks)
+        self.queue.add(self.writers[split], chunks, label)
 
-    def flush(self):
-        """Tokenise what waits and write it, in order."""
-        waiting, self.waiting, self.n_waiting = self.waiting, [], 0
-        for (writer, piece, begins), ids in zip(waiting, self.tok.encode([w[1] for w in waiting]) if waiting else []):
-            if begins:                                  # ahead of the first document stands the start id
-                writer.write([self.tok.end] if writer.n_bytes and not rows else [], text_bytes=0, documents=0)
-                writer.begin_document()
-            raw = piece.encode()
-            writer.write(ids, text_bytes=len(raw), documents=0)
-            writer.words += len(raw.split())                            # pieces end where words do
-            self.bar.update(len(raw))
+    def new_writer(self, split):
+        """Return the writer of a split: of packed documents, or of rows that each document has for itself."""
+        if self.rows:
+            return DocumentRowWriter(self.folder, split, self.dtype, self.tok, self.rows, self.truncate)
+        return PackedWriter(self.folder, split, self.dtype, self.tok, self.separator)
 
     def finish_text(self):
-        self.flush()
+        """Write what waits."""
+        self.queue.flush()
         self.bar.close()
+
+    def is_empty(self, split):
+        return split not in self.writers or not self.writers[split].n_bytes
 
     def abort(self):
         """Leave nothing behind."""
@@ -182,119 +186,108 @@ class Splits:
             os.rmdir(self.folder)
 
 
-def thresholds(documents, val_share, test_share):
-    """Return (test below, val below) on document hashes: exact by rank for up to FEW documents, else by range."""
-    if not val_share:
-        return 0, 0
-    hashes = [hash_of(read) for _, read in itertools.islice(documents, FEW + 1)]
-    if len(hashes) > FEW:
-        return int(test_share * 2 ** 64), int((test_share + val_share) * 2 ** 64)
-    ranked = sorted(set(hashes)) + [2 ** 64]
-    n_val, n = math.ceil(val_share * (len(ranked) - 1)), len(ranked) - 1
-    n_test = max(0, min(math.ceil(test_share * n), n - n_val - 1))
-    return ranked[n_test], ranked[n_test + n_val]
-
-
-def tail_cut(label, read, val_share, test_share):
-    """Yield (split, label, read) of one document: its head trains, contiguous tails of whole characters do not."""
-    size = size_of(read)
-    n_val, n_test = math.ceil(size * val_share), math.ceil(size * test_share)
-    ends = [before_character(read, max(0, end)) for end in (size - n_val - n_test, size - n_test)] + [size]
-    for split, start, stop in zip(('train', 'val', 'test'), [0] + ends, ends):
-        if stop > start:
-            yield split, f'{label} from byte {start:,}', functools.partial(part, read, start, stop)
-
-
-def main(argv=None):
-    configure(globals(), argv)
-    require((name != '', 'name is empty; name the data set, --name=mine makes data/mine'),
-            (source != '', "source is empty; give files, --source='texts/*.txt', or the id of a hub data set"),
-            at_least('max_bytes', max_bytes, 0), at_least('num_proc', num_proc, 0),
-            (rows == 0 or rows >= 2, f'rows = {rows}, expected at least 2 tokens in a row, or 0 for packed documents'),
-            (rows > 0 or not truncate, 'truncate cuts a document to its first row; set --rows=512, or leave it out'),
-            (not (rows and join_rows), 'join_rows makes one text of all, rows keeps documents apart; leave one out'),
-            (min(val_fraction, test_fraction) >= 0 and val_fraction + test_fraction < 1,
-             f'val_fraction = {val_fraction}, test_fraction = {test_fraction}, expected both >= 0 and a sum below 1'))
-    folder = os.path.join(data_dir, name)
-    recorded_argv = may_write(folder, SCRIPT, argv, overwrite)
-    tok, given, how = load_tokenizer(tokenizer, end_of_text, num_proc, data_dir), read_source(source), {}
-    require(('train' in given, f'{source!r} has no split train, only {", ".join(given)}; expected one to train on'))
-    for split, where in (('val', val_source), ('test', test_source)):
-        if where:
-            clash = set(map(os.path.realpath, local_files(source))) & set(map(os.path.realpath, local_files(where)))
-            require((not clash, f'{split}_source and source share {", ".join(sorted(clash)[:3])}, expected other text;'
-                     f' leave {split}_source out to have documents of the source set aside'))
-            other = read_source(where)
-            given[split] = other.get(split) or next(iter(other.values()))
+def write_given(splits, given, seed):
+    """Write val and test where they are given; return the hashes of their documents."""
+    hashes = set()
+    for split in ('val', 'test'):
         if split in given:
-            how[split] = where or 'own split'
-    documents = given['train']
-    if max_bytes:
-        documents = lambda: leading(given['train'](), max_bytes, separator_bytes(), tok is not None)        # noqa: E731
-    first_two = list(itertools.islice(documents(), 2))
-    require((first_two, f'source {source!r} holds no text, expected at least one byte of it; nothing was written'))
-    val_share = 0 if 'val' in given else val_fraction
-    test_share = test_fraction if val_share and 'test' not in given else 0
-    for split, share in (('val', val_share), ('test', test_share)):
-        if share:
-            single = len(first_two) == 1
-            how[split] = 'tail of the only document' if single else f'documents of the source by hash, seed {seed}'
-
-    if len(first_two) == 1 and val_share:
-        routed = tail_cut(*first_two[0], val_share, test_share)
-    else:
-        routed = by_hash(documents, thresholds(documents(), val_share, test_share))
-    out = Splits(folder, tok)
-    try:
-        held_out, own, n_repeated, digest = set(), [s for s in how if how[s] == 'own split'], 0, hashlib.sha256()
-        for split in [s for s in ('val', 'test') if s in given]:
             for label, read in given[split]():
-                out.add(split, label, read())
-                held_out.add(hash_of(read))
-        for split, label, read in routed:
-            if held_out and hash_of(read) in held_out:
-                n_repeated += 1
-                if not own:
-                    continue
-            out.add(split, label, hashed(read(), digest))
-        out.finish_text()
-        if test_share and 'test' not in out.writers:
-            how.pop('test')                                             # too few documents for three splits
-        for split in ('train', *how):
-            if not out.writers.get(split) or not out.writers[split].n_bytes:
-                raise UserError(f'{split} would be empty ({how.get(split, source)}; {n_repeated:,} documents of the'
-                                ' source stand in val or test too), expected some text; give more documents, a larger'
-                                ' --val_fraction, or other text for --val_source')
-        for split, where in how.items():
-            print(f'{split}: {where}')
-        if n_repeated:
-            print(f'{n_repeated:,} documents of train stand in val or test too: '
-                  + ('kept, as these are the own splits of the set' if own else 'left out of train'))
-        if out.cleaner:
-            how_many = out.cleaner.counts
-            print(f'cleaned {how_many["lines"]:,} lines: {how_many["duplicate_lines"]:,} near-duplicates and'
-                  f' {how_many["html_lines"]:,} with HTML tags dropped')
-        origin = dict(source=source, config=hub_config, sha256=digest.hexdigest(), splits=how,
-                      cleaned=out.cleaner.counts if out.cleaner else {}, repeated_documents=n_repeated)
-        more = dict(rows=dict(length=rows, control='', truncate=truncate)) if rows else {}
-        finish(folder, SCRIPT, recorded_argv, {s: out.writers[s] for s in ('train', *how)}, origin, **out.meta,
-               **more)
-    except BaseException:
-        out.abort()
-        raise
+                splits.add(split, label, read())
+                hashes.add(hash_of(read(), seed))
+    return hashes
 
 
-def by_hash(documents, limits):
-    for label, read in documents():
-        h = hash_of(read) if limits[1] else 0
-        yield 'test' if h < limits[0] else 'val' if h < limits[1] else 'train', label, read
+def write_cut(splits, documents, held_out, keep_repeated, seed):
+    """Write (split, Document)s of the source; return how many stand in held_out too, and the SHA-256 of what is used.
+
+    held_out: hashes of given val and test documents, which do not train, unless keep_repeated.
+    """
+    n_repeated = 0
+    digest = hashlib.sha256()
+    for split, (label, read) in documents:
+        if held_out and hash_of(read(), seed) in held_out:
+            n_repeated += 1
+            if not keep_repeated:
+                continue
+        splits.add(split, label, hashed(read(), digest))
+    return n_repeated, digest.hexdigest()
 
 
 def hashed(chunks, digest):
+    """Yield chunks, each of which the digest has seen."""
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
 
 
+def say_what_was_done(origin, n_repeated, keep_repeated, cleaned):
+    """Print where val and test are from, what of train stands in them, and what cleaning dropped (counts or {})."""
+    for split, where in origin.items():
+        print(f'{split}: {where}')
+    if n_repeated:
+        fate = 'kept, as these are the own splits of the set' if keep_repeated else 'left out of train'
+        print(f'{n_repeated:,} documents of train stand in val or test too: {fate}')
+    if cleaned:
+        print(f'cleaned {cleaned["lines"]:,} lines: {cleaned["duplicate_lines"]:,} near-duplicates and'
+              f' {cleaned["html_lines"]:,} with HTML tags dropped')
+
+
 if __name__ == '__main__':
-    run(main)
+    knobs = types.SimpleNamespace(**config)
+    check_knobs(knobs)
+    folder = os.path.join(data_dir, name)
+    recorded_argv = may_write(folder, SCRIPT, None, overwrite)
+    tok = load_tokenizer(tokenizer, end_of_text, num_proc, data_dir)
+    separator = unescaped(document_separator)
+
+    # The documents of the source, and of the splits that need not be cut from it.
+    given, origin = given_splits(separator, knobs)
+    documents = given['train']
+    if max_bytes:
+        documents = functools.partial(leading, given['train'], max_bytes, separator, tok is not None)
+    first_two = list(itertools.islice(documents(), 2))
+    require((first_two, f'source {source!r} holds no text, expected at least one byte of it; nothing was written'))
+
+    # What is cut from the source: documents by their hash, or the tail where there is only one.
+    val_share = 0 if 'val' in given else val_fraction
+    test_share = test_fraction if val_share and 'test' not in given else 0
+    is_single = len(first_two) == 1
+    how = 'tail of the only document' if is_single else f'documents of the source by hash, seed {seed}'
+    if val_share:
+        origin['val'] = how
+    if test_share:
+        origin['test'] = how
+    if is_single and val_share:
+        cut = cut_tail(first_two[0], val_share, test_share)
+    else:
+        test_below, val_below = thresholds(documents(), val_share, test_share, seed)
+        cut = cut_by_hash(documents(), test_below, val_below, seed)
+
+    splits = Splits(folder, tok, separator, knobs)
+    try:
+        # Write the text. A set that brings its own splits keeps what it repeats; else val and test do not train.
+        keep_repeated = OWN in origin.values()
+        held_out = write_given(splits, given, seed)
+        n_repeated, sha256 = write_cut(splits, cut, held_out, keep_repeated, seed)
+        splits.finish_text()
+
+        # Few documents make no test split, but nothing else may be empty.
+        if test_share and 'test' not in splits.writers:
+            del origin['test']
+        for split in ('train', *origin):
+            if splits.is_empty(split):
+                raise UserError(f'{split} would be empty ({origin.get(split, source)}; {n_repeated:,} documents of the'
+                                ' source stand in val or test too), expected some text; give more documents, a larger'
+                                ' --val_fraction, or other text for --val_source')
+
+        # Say what was done, give the files their names, and write meta.json last.
+        cleaned = splits.cleaner.counts if splits.cleaner else {}
+        say_what_was_done(origin, n_repeated, keep_repeated, cleaned)
+        about_source = dict(source=source, config=hub_config, sha256=sha256, splits=origin, cleaned=cleaned,
+                            repeated_documents=n_repeated)
+        about_rows = dict(rows=dict(length=rows, control='', truncate=truncate)) if rows else {}
+        writers = {split: splits.writers[split] for split in ('train', *origin)}
+        finish(folder, SCRIPT, recorded_argv, writers, about_source, **tokenizer_meta(tok), **about_rows)
+    except BaseException:
+        splits.abort()
+        raise

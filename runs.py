@@ -5,6 +5,7 @@
     python runs.py status OUT_DIR       exit 0 done, 85 paused, 1 failed or unfinished (what an sbatch file asks)
     python runs.py compare out/a out/b --allow=seed     exit 1 where anything but the data (and the seed) differs
     python runs.py convert OUT_DIR/ckpt.sharded OUT_DIR/ckpt.pt             a sharded checkpoint as one file
+    python runs.py export OUT_DIR/ckpt.pt FOLDER    a GPT-2 as config.json, safetensors and tokenizer, for transformers
     python runs.py export_weights OUT_DIR FILE      weights (bfloat16) and masks alone, small, to go on elsewhere:
                                                     as OUT_DIR/ckpt.pt with --init_from=resume, or --init_from=FILE
 
@@ -50,6 +51,7 @@ allow = ''                      # compare: settings that may differ beside the d
 csv_path = 'runs.csv'           # the table written; '' = print only
 watch = False                   # print the table of unfinished runs again and again
 watch_interval = 10.0           # seconds
+overwrite = False               # export: replace the files of an earlier export in FOLDER
 # -----------------------------------------------------------------------------
 
 LOST = re.compile(r'closed by peer|Connection reset|Connection refused|Broken pipe|NCCL|gloo', re.I)
@@ -630,7 +632,7 @@ def main(argv=None):
     if not ({'-h', '--help'} & set(argv) or argv and not argv[0].startswith('--')):
         argv = ['table', *argv]
     verb, paths, _ = configure(globals(), argv, verbs=dict(
-        table=0, status=1, convert=2, export_weights=2, compare=-1))
+        table=0, status=1, convert=2, export=2, export_weights=2, compare=-1))
     if verb == 'status':
         status = read_status(paths[0]) or 'no run.json'
         print(status)
@@ -640,6 +642,10 @@ def main(argv=None):
         rows, unfair = side_by_side({path: read_run(path) for path in paths}, allow)
         print(markdown(rows, list(rows[0])), f'not fair: {", ".join(unfair)}' if unfair else 'fair', sep='\n')
         return int(bool(unfair))
+    if verb == 'export':
+        from training import huggingface
+        huggingface.export(load_checkpoint(paths[0]), paths[0], paths[1], overwrite)
+        return 0
     if verb in ('convert', 'export_weights'):
         checkpoint = load_checkpoint(paths[0])
         save_checkpoint(paths[1], checkpoint if verb == 'convert' else weights_alone(checkpoint))

@@ -48,10 +48,9 @@ def codec(checkpoint, file=''):
     name = checkpoint['data']['tokenizer']
     if name == 'byte':
         return list, lambda token: bytes((token,))
-    from codec.container import byte_strings
-    from corpus.tokens import bytes_encoder
-    from training import huggingface
-    folder = huggingface.tokenizer_folder(checkpoint)
+    from codec.text import byte_strings
+    from corpus.tokens import bytes_encoder, tokenizer_folder
+    folder = tokenizer_folder(checkpoint)
     require((name == 'gpt2' or file or folder, f"the checkpoint's tokenizer is {name!r}, and no tokenizer.json of it"
              ' was found beside its data set; name its tokenizer.json with --tokenizer=PATH'))
     strings, encode = byte_strings(file or (name if name == 'gpt2' else os.path.join(folder, 'tokenizer.json')))

@@ -146,11 +146,10 @@ def integers_of(args, quantised, options):
     """Return (exact model, its sites, its wide flags), and say how well the integers fit."""
     tensors = weights.with_scales(quantised.tensors)
     x = quantised.rows.x[:SITE_ROWS]
-    sites, wide = weights.fit_sites(args, tensors, x)
+    sites, wide = exact.fit_sites(args, tensors, x)
     model = exact.Exact(args, tensors, sites, wide, options.device)
-    weights.observe(model, x)
-    n_clamped, n_rounded = model.clamped
-    say(f'integer model: {100 * n_clamped / n_rounded:.4f} % of activations clamped, '
+    seen = exact.observe(model, x)
+    say(f'integer model: {100 * seen.n_clamped / seen.n_rounded:.4f} % of activations clamped, '
         f'{sum(wide)} of {len(wide)} products in float64', options.progress)
     return model, sites, wide
 

@@ -14,8 +14,7 @@ LZMA_MEMORY = 1 << 28
 def byte_strings(name):
     """Return (byte string of every id, encode: str -> ids) of a tokenizer: 'gpt2', or a tokenizers JSON file."""
     if name == 'gpt2':
-        from training import huggingface
-        encoding = huggingface.encoding()
+        encoding = tokens.gpt2_encoding()
         strings = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
         return strings, lambda text: encoding.encode(text, disallowed_special=())
     try:

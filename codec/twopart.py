@@ -18,6 +18,7 @@ from codec.container import CODED, DAMAGED, STORED, TWO_PART, read_input, smalle
 from codec.progress import Bar, say
 from codec.text import byte_strings, pack_strings, text_of, tokenize, unpack_strings
 from configurator import UserError
+from corpus.tokens import tokenizer_folder
 
 
 @dataclass
@@ -61,8 +62,7 @@ def text_for(checkpoint, raw, tokenizer):
     path = name
     if not (tokenizer or name in ('byte', 'gpt2') or os.path.isfile(name)):
         # The name is of the run's data set, beside which the tokenizer may still lie.
-        from training import huggingface
-        folder = huggingface.tokenizer_folder(checkpoint)
+        folder = tokenizer_folder(checkpoint)
         path = os.path.join(folder, 'tokenizer.json') if folder else name
     ids, strings = tokenize(raw, path)
     if len(ids) and int(ids.max()) >= vocab_size:

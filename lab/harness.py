@@ -4,7 +4,7 @@
     python -m lab.harness --from_ckpt=gpt2 --tasks=mine --task_folder=tasks --limit=100       own tasks: tasks/*.yaml
 
 In: a checkpoint, run folder, Hugging Face folder or hub id; its tokenizer. Out: lm_eval's table, and OUT_DIR/run.json
-with its results. `python gpt2.py export` gives a folder for lm_eval's own `hf` model; the numbers are the same.
+with its results. `python runs.py export` gives a folder for lm_eval's own `hf` model; the numbers are the same.
 """
 import os
 
@@ -26,12 +26,12 @@ dtype = 'auto'
 
 def tokens_of(checkpoint):
     """Return (encode: str -> ids, decode: ids -> str) of a checkpoint's tokenizer."""
-    from codec.container import byte_strings
-    from training import huggingface
+    from codec.text import byte_strings
+    from corpus.tokens import tokenizer_folder
     name = checkpoint['data']['tokenizer']
     if name == 'byte':
         return (lambda text: list(text.encode())), (lambda ids: bytes(ids).decode('utf-8', 'replace'))
-    folder = huggingface.tokenizer_folder(checkpoint)
+    folder = tokenizer_folder(checkpoint)
     require((name == 'gpt2' or folder, f'no tokenizer.json of {name!r} was found beside {from_ckpt} or its data set'))
     strings, encode = byte_strings('gpt2' if name == 'gpt2' else os.path.join(folder, 'tokenizer.json'))
     return encode, lambda ids: b''.join(strings[i] for i in ids).decode('utf-8', 'replace')

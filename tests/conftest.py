@@ -78,6 +78,18 @@ def run_here(script, *argv):
     return 0
 
 
+def peak_memory(script, *argv):
+    """Run a script in a process of its own; returns the most anonymous memory that it had, in megabytes."""
+    code = ('import runpy, sys, threading, time; peak = 0\n'
+            'def anon(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])\n'
+            'def watch():\n    global peak\n    while True: peak = max(peak, anon()); time.sleep(0.005)\n'
+            'threading.Thread(target=watch, daemon=True).start()\n'
+            'sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name="__main__"); print(max(peak, anon()))')
+    done = run_script('-c', code, os.path.join(ROOT, script), *argv, timeout=1800, cwd=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) / 1e3
+
+
 def torchrun(n_ranks, script, *argv, timeout=90):
     """Run a script under torchrun with gloo on this machine."""
     return run_script('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_ranks}', script, *argv,

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, same, torchrun, write_dataset
+from conftest import TINY, run_here, same, torchrun, write_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
@@ -19,7 +19,6 @@ import train
 from configurator import UserError
 from lab import bench
 from model import GPT, ModelConfig, model_args
-from training import huggingface
 
 ZERO = dict.fromkeys(losses.TERMS, 0.0)
 
@@ -247,7 +246,7 @@ def test_masks_and_truncated_students(distil, tmp_path, teacher, toy):
     runs.save_checkpoint(str(tmp_path / 'big.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
-    huggingface.main(['export', str(tmp_path / 'big.pt'), str(tmp_path / 'hf')])
+    run_here('runs.py', 'export', tmp_path / 'big.pt', tmp_path / 'hf')
     assert distil(f'--teacher={tmp_path / "hf"}', '--n_embd=16', '--a_cos=0', out='other') == 0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_text, run_script, write_dataset
+from conftest import make_text, run_here, run_script, write_dataset
 
 import eval as evaluation
 import runs
@@ -22,7 +22,6 @@ from configurator import UserError
 from corpus import bins
 from corpus.data import open_split
 from model import ModelConfig, make, model_args
-from training import huggingface
 
 T = 16
 N_TEST = 777                                    # bytes of conftest's test split: not a multiple of T
@@ -217,7 +216,7 @@ def test_words_are_counted_across_chunks():
 def test_a_hugging_face_folder_is_a_checkpoint(tmp_path, toy):
     """Scored like the checkpoint it was exported from; without --dataset it says that it names none."""
     path, _ = save(tmp_path / 'm', activation='gelu_tanh')
-    huggingface.main(['export', path, str(tmp_path / 'hf')])
+    run_here('runs.py', 'export', path, tmp_path / 'hf')
     a, b = score(toy, tmp_path, f'--from_ckpt={path},{tmp_path / "hf"}', '--dataset=toy')
     assert b['run'] == 'hf' and a['loss_nats'] == pytest.approx(b['loss_nats'], rel=1e-6)
     with pytest.raises(UserError, match='names no data set; give one'):

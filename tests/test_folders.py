@@ -199,7 +199,8 @@ def finished(train_tiny, tmp_path, toy):
     short = ('--device=cpu', '--dtype=float32', '--max_iters=2', *data)
     return {
         'train': ('train.py', [*TINY, *data, *QUICK]),
-        'distill': ('distill.py', [*TINY, *data, '--max_iters=2', '--positions=learned', f'--teacher={tmp_path / "a"}']),
+        'distill': ('distill.py', [*TINY, *data, '--max_iters=2', '--positions=learned',
+                                   f'--teacher={tmp_path / "a"}']),
         'probe': ('lab/probe.py', [*short, f'--from_ckpt={tmp_path / "a"}', '--batch_size=8'])}
 
 

@@ -5,18 +5,13 @@ import os
 
 import pytest
 import torch
+from conftest import run_here
 
-import compress
-import distill
-import eval as evaluation
-import prepare_text
-import prune
 import runs
 import sparse
-import train
 from codec.container import read_archive
 from corpus.data import open_split
-from training import huggingface
+from training.checkpoint import load_checkpoint, load_model
 
 transformers = pytest.importorskip('transformers')
 WORDS = 'the model weighs nothing until a byte of its text has been paid for in bits and every zero is free'.split()
@@ -41,8 +36,8 @@ def place(tmp_path_factory):
     tok.save(str(folder / 'tiny' / 'tokenizer.json'))
     with open(folder / 'texts.jsonl', 'w') as f:
         f.writelines(json.dumps(dict(text=t)) + '\n' for t in texts)
-    prepare_text.main(['--name=bpe', f'--source={folder / "texts.jsonl"}', f'--tokenizer={folder / "tiny"}',
-                       f'--data_dir={folder / "data"}', '--val_fraction=0.1', '--test_fraction=0.1'])
+    run_here('prepare_text.py', '--name=bpe', f'--source={folder / "texts.jsonl"}', f'--tokenizer={folder / "tiny"}',
+             f'--data_dir={folder / "data"}', '--val_fraction=0.1', '--test_fraction=0.1')
     (folder / 'text.txt').write_text(' '.join(texts[:3]))
     return folder
 
@@ -52,22 +47,22 @@ def there(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def trained(main, out, *flags):
-    assert main([f'--out_dir=out/{out}', '--dataset=bpe', *SHAPE, *STEPS, *flags]) == 0
-    return runs.read_run(f'out/{out}'), runs.load_checkpoint(f'out/{out}')
+def trained(script, out, *flags):
+    assert run_here(script, f'--out_dir=out/{out}', '--dataset=bpe', *SHAPE, *STEPS, *flags) == 0
+    return runs.read_run(f'out/{out}'), load_checkpoint(f'out/{out}')
 
 
 def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
     """Issue 5's commands in their order; each step starts from the last, and transformers loads the end."""
-    assert prune.main(['--from_ckpt=tiny', '--strategy=alt', '--out_dir=out/alt6', '--device=cpu']) == 0
-    trained(train.main, 'pretrain', '--n_layer=6', '--init_from=out/alt6')
-    record, _ = trained(distill.main, 'distil', '--n_layer=6', '--init_from=out/pretrain', '--teacher=tiny',
+    assert run_here('prune.py', '--from_ckpt=tiny', '--strategy=alt', '--out_dir=out/alt6', '--device=cpu') == 0
+    trained('train.py', 'pretrain', '--n_layer=6', '--init_from=out/alt6')
+    record, _ = trained('distill.py', 'distil', '--n_layer=6', '--init_from=out/pretrain', '--teacher=tiny',
                         '--a_cos=1', '--chunk_tokens=64')
     assert record['status'] == 'done' and record['parent']['path'].startswith('out/pretrain')
-    _, tuned = trained(train.main, 'tuned', '--n_layer=6', '--init_from=out/distil')
+    _, tuned = trained('train.py', 'tuned', '--n_layer=6', '--init_from=out/distil')
     capsys.readouterr()
-    assert evaluation.main(['--from_ckpt=tiny,out/tuned', '--dataset=bpe', '--split=val,test', '--stride=16',
-                            '--out=out', '--device=cpu']) == 0
+    assert run_here('eval.py', '--from_ckpt=tiny,out/tuned', '--dataset=bpe', '--split=val,test', '--stride=16',
+                    '--out=out', '--device=cpu') == 0
     folder = capsys.readouterr().out.split('wrote ')[-1].strip()
     with open(os.path.join(folder, 'table.csv'), newline='') as f:
         rows = list(csv.DictReader(f))
@@ -77,12 +72,12 @@ def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
         assert int(r['tokens']) == data.n_tokens and int(r['text_bytes']) == data.text_bytes
         assert float(r['perplexity_per_word']) > float(r['perplexity']) > 1
     assert float(rows[2]['loss_nats']) < float(rows[0]['loss_nats'])
-    huggingface.main(['export', 'out/tuned/ckpt.pt', 'out/hf'])
+    run_here('runs.py', 'export', 'out/tuned/ckpt.pt', 'out/hf')
     model = transformers.GPT2LMHeadModel.from_pretrained('out/hf').eval()
     tok = transformers.AutoTokenizer.from_pretrained('out/hf')
     ids = torch.tensor([tok.encode('the model weighs nothing')])
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, runs.load_model('out/tuned')[0].eval()(ids), atol=1e-5)
+        assert torch.allclose(model(ids).logits, load_model('out/tuned')[0].eval()(ids), atol=1e-5)
     assert tok.decode(ids[0]) == 'the model weighs nothing' and tuned['data']['tokenizer'] == 'tiny'
 
 
@@ -90,31 +85,31 @@ def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
 def test_sparse_gpt2(procedure):
     """Procedures and TAMADE run on a GPT-2 folder; the zeros survive export and import."""
     record, checkpoint = trained(
-        train.main, procedure, '--n_layer=12', '--init_from=tiny', f'--procedure={procedure}', '--alpha=1e-3',
+        'train.py', procedure, '--n_layer=12', '--init_from=tiny', f'--procedure={procedure}', '--alpha=1e-3',
         '--procedure_learning_rate=0.05', '--do_pruning', '--tolerated_relative_loss_increase=0.05',
         '--epochs_fine_tuning=0.2', '--learning_rate=1e-3')
     assert record['n_prunings'] == 1 and 0.02 < record['sparsity'] < 1 and record['parent']['path'] == 'tiny'
     for name, mask in checkpoint['masks'].items():
         assert not checkpoint['model'][name][~mask].any()
-    huggingface.main(['export', f'out/{procedure}', f'out/{procedure}-hf'])
+    run_here('runs.py', 'export', f'out/{procedure}', f'out/{procedure}-hf')
     model = transformers.GPT2LMHeadModel.from_pretrained(f'out/{procedure}-hf')
     assert sum(int((p != 0).sum()) for p in model.parameters()) == record['non_zero_params']
-    again = runs.load_model(f'out/{procedure}-hf')[0]
+    again = load_model(f'out/{procedure}-hf')[0]
     assert sparse.count_nonzero(again.parameters()) == record['non_zero_params']
 
 
 def test_a_sparse_gpt2_is_packed(place):
     """compress.py on BPE ids: two-part, the tokenizer inside, bit for bit back; the folder or its checkpoint."""
-    prune.main(['--from_ckpt=tiny', '--layers=0,6', '--out_dir=out/two', '--device=cpu'])
-    prune.main(['--from_ckpt=out/two', '--method=magnitude', '--sparsity=0.6', '--out_dir=out/two-sparse',
-                '--device=cpu'])
-    trained(train.main, 'packed', '--n_layer=2', '--init_from=out/two-sparse', '--max_iters=60', '--learning_rate=1e-2')
+    run_here('prune.py', '--from_ckpt=tiny', '--layers=0,6', '--out_dir=out/two', '--device=cpu')
+    run_here('prune.py', '--from_ckpt=out/two', '--method=magnitude', '--sparsity=0.6', '--out_dir=out/two-sparse',
+             '--device=cpu')
+    trained('train.py', 'packed', '--n_layer=2', '--init_from=out/two-sparse', '--max_iters=60', '--learning_rate=1e-2')
     assert runs.read_run('out/packed')['sparsity'] > 0.5
-    huggingface.main(['export', 'out/packed', 'out/packed-hf'])
+    run_here('runs.py', 'export', 'out/packed', 'out/packed-hf')
     for model in ('out/packed/ckpt.pt', 'out/packed-hf'):
-        assert compress.main(['pack', model, 'text.txt', 'archive', '--tokenizer=tiny/tokenizer.json', '--no-verify',
-                              '--no-progress', '-f']) == 0
+        assert run_here('compress.py', 'pack', model, 'text.txt', 'archive', '--tokenizer=tiny/tokenizer.json',
+                        '--no-verify', '--no-progress') == 0
         sections = read_archive((place / 'archive').read_bytes(), 'archive')[3]
         assert {'wght', 'tokn'} <= set(sections)                            # coded, not stored, and self-contained
-        assert compress.main(['unpack', 'archive', 'back.txt', '--no-progress', '-f']) == 0
+        assert run_here('compress.py', 'unpack', 'archive', 'back.txt', '--no-progress') == 0
         assert (place / 'back.txt').read_bytes() == (place / 'text.txt').read_bytes()

@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import OneProcess
+from conftest import OneProcess, run_here
 
 import runs
 from configurator import UserError
 from lab import harness
 from model import GPT, ModelConfig, model_args
-from training import huggingface
 
 T = 24
 
@@ -111,7 +110,7 @@ metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
     with pytest.raises(UserError, match="knows no task 'nothing'"):
         harness.main([f'--from_ckpt={saved[0]}', *argv, '--tasks=nothing'])
     pytest.importorskip('accelerate')               # what lm_eval's own hf model needs
-    huggingface.main(['export', saved[0], 'hf'])
+    run_here('runs.py', 'export', saved[0], 'hf')
     theirs = lm_eval.simple_evaluate('hf', model_args=dict(
         pretrained='hf', device='cpu', dtype='float32', prefix_token_id=10),
         tasks=['tiny_choice', 'tiny_text'], bootstrap_iters=0, task_manager=lm_eval.tasks.TaskManager(

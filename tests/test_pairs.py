@@ -9,12 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, OneProcess, torchrun
+from conftest import TINY, OneProcess, run_here, torchrun
 
 import distill
 import eval as evaluation
 import pairs
-import prepare_metadata
 import runs
 import score
 import train
@@ -38,9 +37,9 @@ def data_dir(tmp_path_factory):
             text = ' '.join(['a' + word] * int(rng.integers(2, 15))) + f' {tail} {i}'
             f.write(json.dumps(dict(text=text, title=word, url=f'https://{i % 3}.org/')) + '\n')
     for name, control in (('meta', ''), ('meta_none', 'none'), ('meta_same', 'samecontext')):
-        prepare_metadata.main([f'--source={folder / "records.jsonl"}', '--types=url,title', '--tokenizer=byte',
-                               '--block_size=64', '--val_fraction=0.2', '--test_fraction=0.1', '--num_proc=1',
-                               f'--name={name}', f'--control={control}', f'--data_dir={folder}'])
+        run_here('prepare_metadata.py', f'--source={folder / "records.jsonl"}', '--types=url,title', '--tokenizer=byte',
+                 '--block_size=64', '--val_fraction=0.2', '--test_fraction=0.1', '--num_proc=1',
+                 f'--name={name}', f'--control={control}', f'--data_dir={folder}')
     return str(folder)
 
 

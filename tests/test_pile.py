@@ -1,17 +1,15 @@
 """prepare_pile.py on small shards in the Pile's format, written here: components, resumption, damage, one pass."""
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import zstandard
-from test_prepare import ROOT, byte_level_bpe
+from conftest import peak_memory, run_here
+from test_prepare import byte_level_bpe
 
-import prepare_pile
 from configurator import UserError
-from corpus import bins
+from corpus import bins, documents
 from corpus.data import open_split
 
 SETS = {'PubMed Abstracts': 'pubmed', 'USPTO Backgrounds': 'uspto', 'Pile-CC': 'pile_cc'}
@@ -40,7 +38,8 @@ def shards(tmp_path, monkeypatch):
 
 
 def prepare(*flags):
-    prepare_pile.main(['--source=?.jsonl.zst', '--tokenizer=byte', '--val_fraction=0.2', '--test_fraction=0.2', *flags])
+    run_here('prepare_pile.py', '--source=?.jsonl.zst', '--tokenizer=byte', '--val_fraction=0.2', '--test_fraction=0.2',
+             *flags)
 
 
 def texts(name, split='train'):
@@ -106,7 +105,7 @@ def test_max_tokens_cuts_each_component_exactly():
 def test_interrupted_preparation_continues_to_the_same_bytes(stop_at, max_tokens, monkeypatch):
     flags = ('--subsets=pubmed,uspto', f'--max_tokens={max_tokens}', '--save_every=0')
     prepare(*flags, '--data_dir=whole')
-    reader, n_read = prepare_pile.file_records, [0]
+    reader, n_read = documents.records_of, [0]
 
     def interrupted(path):
         for record in reader(path):
@@ -114,14 +113,14 @@ def test_interrupted_preparation_continues_to_the_same_bytes(stop_at, max_tokens
             if n_read[0] > stop_at:
                 raise KeyboardInterrupt
             yield record
-    monkeypatch.setattr(prepare_pile, 'file_records', interrupted)
+    monkeypatch.setattr(documents, 'records_of', interrupted)
     try:
         prepare(*flags)
     except KeyboardInterrupt:
         assert not [n for n in os.listdir('data/pubmed') if n.endswith('.bin') or n == 'meta.json']
         with open('data/pubmed/resume.json') as f:
             assert json.load(f)['record'] == (stop_at - 1) % 100 + 1
-    monkeypatch.setattr(prepare_pile, 'file_records', reader)
+    monkeypatch.setattr(documents, 'records_of', reader)
     prepare(*flags)
     for name in ('pubmed', 'uspto'):
         whole, mine = (bins.read_meta(folder, name)['splits'] for folder in ('whole', 'data'))
@@ -137,11 +136,11 @@ def test_interrupted_preparation_continues_to_the_same_bytes(stop_at, max_tokens
 def test_other_knobs_do_not_continue_an_older_state(monkeypatch):
     """Training bytes chosen by one seed must never be joined to those of another."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_pile, 'finish', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(bins, 'finish', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare('--subsets=pubmed')
     flags = '--source=?.jsonl.zst', '--subsets=pubmed', '--tokenizer=byte', '--val_fraction=0.1', '--seed=1'
     for folder in ('data', 'other'):
-        prepare_pile.main([*flags, f'--data_dir={folder}'])
+        run_here('prepare_pile.py', *flags, f'--data_dir={folder}')
     assert bins.read_meta('data', 'pubmed')['splits'] == bins.read_meta('other', 'pubmed')['splits']
 
 
@@ -208,14 +207,10 @@ def test_records_without_names_point_to_whole_source():
         prepare('--subsets=pubmed', '--source=x.jsonl')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='RssAnon is Linux')
 def test_memory_does_not_grow_with_the_stream():
     """Anonymous memory over shards of 3 and of 60 MB differs by a fraction of the text."""
-    code = ('import sys, threading, time; import prepare_pile; peak = 0\n'
-            'def anon(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])\n'
-            'def watch():\n    global peak\n    while True: peak = max(peak, anon()); time.sleep(0.005)\n'
-            'threading.Thread(target=watch, daemon=True).start()\n'
-            'prepare_pile.main(sys.argv[1:]); print(max(peak, anon()))')
     rng, peaks = np.random.default_rng(0), []
     for megabytes in (3, 60):
         records = (json.dumps(dict(text=f'{i} {rng.bytes(2400).hex()}', meta=dict(pile_set_name=list(SETS)[i % 3])))
@@ -223,9 +218,6 @@ def test_memory_does_not_grow_with_the_stream():
         with open('big.jsonl.zst', 'wb') as f, zstandard.ZstdCompressor().stream_writer(f) as out:
             for record in records:
                 out.write(record.encode() + b'\n')
-        done = subprocess.run([sys.executable, '-c', code, '--source=big.jsonl.zst', '--subsets=pubmed,uspto',
-                               '--tokenizer=byte', '--test_fraction=0.1', f'--prefix=m{megabytes}_'],
-                              capture_output=True, text=True, timeout=60, env=dict(os.environ, PYTHONPATH=ROOT))
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]) / 1e3)
+        peaks.append(peak_memory('prepare_pile.py', '--source=big.jsonl.zst', '--subsets=pubmed,uspto',
+                                 '--tokenizer=byte', '--test_fraction=0.1', f'--prefix=m{megabytes}_'))
     assert peaks[1] - peaks[0] < 20, peaks

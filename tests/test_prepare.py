@@ -4,22 +4,18 @@ import hashlib
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import peak_memory, run_here, run_script
 
-import prepare_sample
-import prepare_text
 import prepare_wiki40b
 from configurator import UserError
-from corpus import bins, clean, tokens
+from corpus import bins, tfrecord, tokens, writer
 from corpus.data import open_split
 
-ROOT = os.path.dirname(os.path.abspath(bins.__file__))
 ARTICLES = [f'\n_START_ARTICLE_\nNo. {i}\n_START_PARAGRAPH_\nCafé "{i}" isn\'t \\n 日本'.encode()
             + b' word' * (i * 37 % 400) for i in range(60)]
 PARTS = dict(train=ARTICLES[:40], validation=ARTICLES[40:50], test=ARTICLES[50:])
@@ -140,11 +136,6 @@ def write_jsonl(path, texts, **more):
     return path
 
 
-def run_python(*argv):
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60,
-                          env=dict(os.environ, PYTHONPATH=ROOT))
-
-
 def nothing_finished(folder):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return not [n for n in names if n.endswith('.bin') or n == 'meta.json']
@@ -153,7 +144,7 @@ def nothing_finished(folder):
 # --- prepare_sample.py ---
 
 def test_sample_splits_share_no_paragraph_and_refresh(capsys):
-    prepare_sample.main([])
+    run_here('prepare_sample.py')
     first = {s: read('data/sample', f'{s}.bin') for s in ('train', 'val', 'test')}
     total = sum(map(len, first.values()))
     assert all(0.07 < len(first[s]) / total < 0.1 for s in ('val', 'test'))
@@ -164,14 +155,14 @@ def test_sample_splits_share_no_paragraph_and_refresh(capsys):
     assert not paragraphs['val'] & paragraphs['train']
     assert not paragraphs['test'] & (paragraphs['train'] | paragraphs['val'])
     stamp = os.stat('data/sample/meta.json').st_mtime_ns
-    prepare_sample.main([])
+    run_here('prepare_sample.py')
     assert os.stat('data/sample/meta.json').st_mtime_ns == stamp
     with open('data/sample/val.bin', 'ab') as f:
         f.write(b'x')
-    prepare_sample.main([])
+    run_here('prepare_sample.py')
     assert read('data/sample/val.bin') == first['val']
     with pytest.raises(UserError, match='--overwrite'):
-        prepare_sample.main(['--seed=5'])
+        run_here('prepare_sample.py', '--seed=5')
 
 
 # --- prepare_wiki40b.py ---
@@ -179,7 +170,7 @@ def test_sample_splits_share_no_paragraph_and_refresh(capsys):
 @pytest.mark.parametrize('form', ['tfrecord', 'array_record'])
 def test_wiki40b_reads_tfds_folders(tmp_path, form, capsys):
     folder = write_tfds(tmp_path / 'tfds', form)
-    prepare_wiki40b.main([f'--tfds_dir={tmp_path / "tfds"}'])
+    run_here('prepare_wiki40b.py', f'--tfds_dir={tmp_path / "tfds"}')
     for split, ours in prepare_wiki40b.SPLITS.items():
         assert read('data/wiki40b_en', f'{ours}.bin') == b''.join(PARTS[split])
     entry = splits_of('data/wiki40b_en')['train']
@@ -194,26 +185,26 @@ def test_wiki40b_reads_tfds_folders(tmp_path, form, capsys):
 
 def test_wiki40b_interrupted_and_resumed_gives_the_same_bytes(tmp_path, monkeypatch):
     write_tfds(tmp_path / 'tfds', lengths=dict(train=[10, 10, 10, 10], validation=[10], test=[10]))
-    read_article, seen = prepare_wiki40b.tfds_articles, []
+    read_records, seen = tfrecord.tfrecords, []
 
-    def interrupted(read, path):
-        for n, article in enumerate(read_article(read, path)):
+    def interrupted(path):
+        for n, record in enumerate(read_records(path)):
             if '00002-of' in path and n == 4:
                 raise KeyboardInterrupt
-            yield article
+            yield record
 
-    monkeypatch.setattr(prepare_wiki40b, 'tfds_articles', interrupted)
+    monkeypatch.setattr(tfrecord, 'tfrecords', interrupted)
     argv = [f'--tfds_dir={tmp_path / "tfds"}']
     with pytest.raises(KeyboardInterrupt):
-        prepare_wiki40b.main(argv)
+        run_here('prepare_wiki40b.py', *argv)
     assert nothing_finished('data/wiki40b_en') and os.path.exists('data/wiki40b_en/train.bin.tmp')
 
-    def counted(read, path):
+    def counted(path):
         seen.append(os.path.basename(path))
-        return read_article(read, path)
+        return read_records(path)
 
-    monkeypatch.setattr(prepare_wiki40b, 'tfds_articles', counted)
-    prepare_wiki40b.main(argv)
+    monkeypatch.setattr(tfrecord, 'tfrecords', counted)
+    run_here('prepare_wiki40b.py', *argv)
     assert [s for s in seen if 'train' in s] == [f'wiki40b-train.tfrecord-0000{i}-of-00004' for i in (2, 3)]
     assert read('data/wiki40b_en/train.bin') == b''.join(PARTS['train'])
     assert splits_of('data/wiki40b_en')['train']['sha256'] == hashlib.sha256(b''.join(PARTS['train'])).hexdigest()
@@ -244,29 +235,29 @@ def test_wiki40b_damaged_folder(tmp_path, damage, message):
         with open(shard, 'wb') as f:
             f.write(data[:-7] if damage == 'truncate' else foreign if damage == 'foreign' else data)
     with pytest.raises(UserError, match=message):
-        prepare_wiki40b.main([f'--tfds_dir={tmp_path / "tfds"}'])
+        run_here('prepare_wiki40b.py', f'--tfds_dir={tmp_path / "tfds"}')
     assert nothing_finished('data/wiki40b_en')
 
 
 def test_wiki40b_max_bytes_and_refusals(tmp_path):
     write_tfds(tmp_path / 'tfds')
     argv = [f'--tfds_dir={tmp_path / "tfds"}', '--max_bytes=2000', '--max_eval_bytes=300']
-    prepare_wiki40b.main(argv)
+    run_here('prepare_wiki40b.py', *argv)
     assert read('data/wiki40b_en/train.bin') == b''.join(PARTS['train'])[:2000]
     assert read('data/wiki40b_en/test.bin') == b''.join(PARTS['test'])[:300]
     with pytest.raises(UserError, match='--overwrite'):
-        prepare_wiki40b.main(argv[:1])
-    prepare_wiki40b.main(argv[:1] + ['--overwrite'])
+        run_here('prepare_wiki40b.py', *(argv[:1]))
+    run_here('prepare_wiki40b.py', *(argv[:1] + ['--overwrite']))
     assert read('data/wiki40b_en/train.bin') == b''.join(PARTS['train'])
     with pytest.raises(UserError, match='requirements-tfds.txt'):
-        prepare_wiki40b.main(['--name=other'])
+        run_here('prepare_wiki40b.py', '--name=other')
 
 
 @pytest.mark.parametrize('as_repr', [False, True])
 def test_wiki40b_from_a_hub_layout(tmp_path, as_repr):
     texts = {s: [repr(a) if as_repr else a.decode() for a in part] for s, part in PARTS.items()}
     hub = write_hub(tmp_path / 'hub', texts)
-    prepare_wiki40b.main(['--source=hub', f'--hub={hub}'])
+    run_here('prepare_wiki40b.py', '--source=hub', f'--hub={hub}')
     for split, ours in prepare_wiki40b.SPLITS.items():
         assert read('data/wiki40b_en', f'{ours}.bin') == b''.join(PARTS[split])
 
@@ -275,9 +266,9 @@ def test_wiki40b_hub_count_is_checked(tmp_path):
     texts = {s: [a.decode() for a in part] for s, part in PARTS.items()}
     hub = write_hub(tmp_path / 'hub', texts, counts=dict(train=41))
     with pytest.raises(UserError, match='40 articles, expected 41'):
-        prepare_wiki40b.main(['--source=hub', f'--hub={hub}'])
+        run_here('prepare_wiki40b.py', '--source=hub', f'--hub={hub}')
     assert nothing_finished('data/wiki40b_en')
-    prepare_wiki40b.main(['--source=hub', f'--hub={hub}', '--no-check_articles'])
+    run_here('prepare_wiki40b.py', '--source=hub', f'--hub={hub}', '--no-check_articles')
     assert len(read('data/wiki40b_en/train.bin')) == sum(map(len, PARTS['train']))
 
 
@@ -301,8 +292,8 @@ def write_file(path, data):
 
 def test_text_one_file_with_val_source_is_the_leading_bytes():
     data = os.urandom(5000)                                             # not UTF-8: bytes are bytes
-    prepare_text.main(['--name=a', f'--source={write_file("a.txt", data)}', '--max_bytes=3000',
-                       f'--val_source={write_file("b.txt", b"other text")}'])
+    run_here('prepare_text.py', '--name=a', f'--source={write_file("a.txt", data)}', '--max_bytes=3000',
+             f'--val_source={write_file("b.txt", b"other text")}')
     assert read('data/a/train.bin') == data[:3000] and read('data/a/val.bin') == b'other text'
     assert list(splits_of('data/a')) == ['train', 'val']
     assert open_split('data', 'a', 'train', verify=True).n_tokens == 3000
@@ -311,10 +302,10 @@ def test_text_one_file_with_val_source_is_the_leading_bytes():
 def test_text_single_document_gives_up_its_tail():
     data = 'é日本'.encode() * 1000
     write_file('a.txt', data)
-    prepare_text.main(['--name=a', '--source=a.txt', '--val_fraction=0.1', '--test_fraction=0.05'])
+    run_here('prepare_text.py', '--name=a', '--source=a.txt', '--val_fraction=0.1', '--test_fraction=0.05')
     parts = [read('data/a', f'{s}.bin') for s in ('train', 'val', 'test')]
     assert b''.join(parts) == data and all(p.decode() for p in parts) and abs(len(parts[1]) - 800) < 8
-    prepare_text.main(['--name=whole', '--source=a.txt', '--val_fraction=0'])
+    run_here('prepare_text.py', '--name=whole', '--source=a.txt', '--val_fraction=0')
     assert read('data/whole/train.bin') == data and list(splits_of('data/whole')) == ['train']
 
 
@@ -327,19 +318,19 @@ def test_text_documents_are_cut_by_hash_and_disjoint(name):
         pyarrow.parquet.write_table(pyarrow.table(dict(text=texts)), name)
     else:
         write_jsonl(name, texts + [''], meta=dict(a=1))
-    prepare_text.main(['--name=a', f'--source={name}', '--val_fraction=0.1', '--test_fraction=0.1'])
+    run_here('prepare_text.py', '--name=a', f'--source={name}', '--val_fraction=0.1', '--test_fraction=0.1')
     parts = {s: read('data/a', f'{s}.bin').decode().split('\n\n\n') for s in ('train', 'val', 'test')}
     assert sorted(sum(parts.values(), [])) == sorted(texts)
     assert len(set(parts['val'])) == len(set(parts['test'])) == 30 and sum(map(len, map(set, parts.values()))) == 300
     assert parts['train'] == [t for t in texts if t in set(parts['train'])]         # the order of the source
-    prepare_text.main(['--name=b', f'--source={name}', '--val_fraction=0.1', '--test_fraction=0.1', '--seed=1'])
+    run_here('prepare_text.py', '--name=b', f'--source={name}', '--val_fraction=0.1', '--test_fraction=0.1', '--seed=1')
     assert set(read('data/b/val.bin').decode().split('\n\n\n')) != set(parts['val'])
 
 
 def test_text_many_documents_are_cut_by_range(monkeypatch):
-    monkeypatch.setattr(prepare_text, 'FEW', 50)
+    monkeypatch.setattr(writer, 'FEW', 50)
     write_jsonl('x.jsonl', TEXTS)
-    prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0.2', '--test_fraction=0.1'])
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl', '--val_fraction=0.2', '--test_fraction=0.1')
     assert 35 < splits_of('data/a')['val']['documents'] < 85 and 15 < splits_of('data/a')['test']['documents'] < 50
 
 
@@ -347,35 +338,35 @@ def test_text_separator_glob_and_max_bytes():
     for i in range(3):
         write_file(f'{i}.txt', b'%d' % i * 10)
     flags = ['--val_fraction=0', r'--document_separator=\n--\n', '--max_bytes=20']
-    prepare_text.main(['--name=a', '--source=?.txt', *flags])
+    run_here('prepare_text.py', '--name=a', '--source=?.txt', *flags)
     assert read('data/a/train.bin') == b'0' * 10 + b'\n--\n' + b'1' * 6
-    prepare_text.main(['--name=b', '--source=?.txt'])                   # three documents: one each
+    run_here('prepare_text.py', '--name=b', '--source=?.txt')                   # three documents: one each
     assert sorted(read('data/b', f'{s}.bin')[:1] for s in ('train', 'val', 'test')) == [b'0', b'1', b'2']
-    prepare_text.main(['--name=c', '--source=[01].txt'])                # two: no test split
+    run_here('prepare_text.py', '--name=c', '--source=[01].txt')                # two: no test split
     assert list(splits_of('data/c')) == ['train', 'val']
 
 
 def test_text_repeats_of_val_source_leave_train():
     write_jsonl('x.jsonl', TEXTS[:50])
-    prepare_text.main(['--name=a', '--source=x.jsonl', f'--val_source={write_jsonl("v.jsonl", TEXTS[40:60])}'])
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl', f'--val_source={write_jsonl("v.jsonl", TEXTS[40:60])}')
     assert read('data/a/train.bin').decode().split('\n\n\n') == TEXTS[:40]
     assert bins.read_meta('data', 'a')['source']['repeated_documents'] == 10
     with pytest.raises(UserError, match='train would be empty'):
-        prepare_text.main(['--name=b', '--source=x.jsonl', f'--val_source={write_jsonl("w.jsonl", TEXTS)}'])
+        run_here('prepare_text.py', '--name=b', '--source=x.jsonl', f'--val_source={write_jsonl("w.jsonl", TEXTS)}')
     with pytest.raises(UserError, match='share'):
-        prepare_text.main(['--name=b', '--source=x.jsonl', '--val_source=x.jsonl'])
+        run_here('prepare_text.py', '--name=b', '--source=x.jsonl', '--val_source=x.jsonl')
     assert not os.path.exists('data/b')
 
 
 def test_text_hub_layout_keeps_its_own_splits(tmp_path):
     hub = write_hub(tmp_path / 'hub', dict(train=TEXTS[:200], validation=TEXTS[200:220], test=TEXTS[220:230]))
-    prepare_text.main(['--name=a', f'--source={hub}', '--hub_config=en', '--max_bytes=2000'])
+    run_here('prepare_text.py', '--name=a', f'--source={hub}', '--hub_config=en', '--max_bytes=2000')
     assert read('data/a/train.bin') == '\n\n\n'.join(TEXTS[:200]).encode()[:2000]
     assert read('data/a/val.bin').decode() == '\n\n\n'.join(TEXTS[200:220])
     assert splits_of('data/a')['test']['documents'] == 10
     for flag, message in (('--text_field=body', "no column 'body', it has text"), ('--hub_config=fr', 'en')):
         with pytest.raises(UserError, match=message):
-            prepare_text.main(['--name=b', f'--source={hub}', '--hub_config=en', flag])
+            run_here('prepare_text.py', '--name=b', f'--source={hub}', '--hub_config=en', flag)
     assert not os.path.exists('data/b')
 
 
@@ -395,8 +386,8 @@ def test_text_bpe_tokens_stand_for_the_original_bytes(monkeypatch):
     texts = [t + ' <|endoftext|> 日本\r\n' for t in TEXTS[:60]]         # its spelling in a text is text
     write_jsonl('x.jsonl', texts)
     monkeypatch.setattr(tokens, 'PIECE', 50)                      # cut often; the tokens may not change
-    monkeypatch.setattr(prepare_text, 'BATCH', 500)
-    prepare_text.main(['--name=a', '--source=x.jsonl', '--tokenizer=tokenizer.json', '--val_fraction=0'])
+    monkeypatch.setattr(writer, 'BATCH', 500)
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl', '--tokenizer=tokenizer.json', '--val_fraction=0')
     ids, meta = open_split('data', 'a', 'train', verify=True).tokens, bins.read_meta('data', 'a')
     tok.encode_special_tokens = True
     expected = [tok.encode(t, add_special_tokens=False).ids for t in texts]
@@ -421,7 +412,7 @@ def test_text_bpe_refuses_what_it_cannot_give_back():
                           (['--tokenizer=tokenizer.json', '--source=x.jsonl', '--end_of_text=<eos>'], '--end_of_text'),
                           (['--tokenizer=tokenizer.json', '--source=latin.txt'], 'not UTF-8 .byte 0xe9 near byte 8')):
         with pytest.raises(UserError, match=message):
-            prepare_text.main(['--name=a', *argv])
+            run_here('prepare_text.py', '--name=a', *argv)
         assert not os.path.exists('data/a')
 
 
@@ -429,7 +420,7 @@ def test_text_gpt2_vocabulary_missing_is_one_line(monkeypatch):
     import tiktoken
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: (_ for _ in ()).throw(ConnectionError('no route')))
     with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR'):
-        prepare_text.main(['--name=a', f'--source={write_jsonl("x.jsonl", TEXTS)}', '--tokenizer=gpt2'])
+        run_here('prepare_text.py', '--name=a', f'--source={write_jsonl("x.jsonl", TEXTS)}', '--tokenizer=gpt2')
 
 
 @pytest.mark.parametrize('file, data, message', [
@@ -441,7 +432,7 @@ def test_text_gpt2_vocabulary_missing_is_one_line(monkeypatch):
 def test_text_bad_sources_leave_nothing(file, data, message):
     write_file(file, data)
     with pytest.raises(UserError, match=message):
-        prepare_text.main(['--name=a', f'--source={file}'])
+        run_here('prepare_text.py', '--name=a', f'--source={file}')
     assert not os.path.exists('data/a')
 
 
@@ -450,7 +441,7 @@ def test_text_truncated_zstd_is_noticed():
     import zstandard
     write_file('t.txt.zst', zstandard.compress(os.urandom(300_000))[:-1000])
     with pytest.raises(UserError, match='truncated zstd'):
-        prepare_text.main(['--name=a', '--source=t.txt.zst'])
+        run_here('prepare_text.py', '--name=a', '--source=t.txt.zst')
 
 
 def test_text_missing_sources(tmp_path):
@@ -459,22 +450,22 @@ def test_text_missing_sources(tmp_path):
     for source, message in (('./no.txt', 'no file matches'), ('no-such-owner/no-such-set', 'neither a file here nor'),
                             ('texts', 'glob'), ('', 'source is empty')):
         with pytest.raises(UserError, match=message):
-            prepare_text.main(['--name=a', f'--source={source}'])
+            run_here('prepare_text.py', '--name=a', f'--source={source}')
     assert not os.path.exists('data/a')
 
 
 def test_text_failure_keeps_the_older_data_set():
     write_jsonl('x.jsonl', TEXTS)
-    prepare_text.main(['--name=a', '--source=x.jsonl'])
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl')
     before = read('data/a/train.bin')
     with open('x.jsonl', 'a') as f:
         f.write('{')
     with pytest.raises(UserError, match='not JSON'):
-        prepare_text.main(['--name=a', '--source=x.jsonl'])
+        run_here('prepare_text.py', '--name=a', '--source=x.jsonl')
     assert read('data/a/train.bin') == before and open_split('data', 'a', 'train', verify=True)
     assert not [n for n in os.listdir('data/a') if n.endswith('.tmp')]
     write_jsonl('x.jsonl', TEXTS[:50])
-    prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', '--overwrite'])
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl', '--val_fraction=0', '--overwrite')
     # val and test of the older set went with it
     assert sorted(os.listdir('data/a')) == ['meta.json', 'train.bin', 'train.index.bin']
 
@@ -482,42 +473,36 @@ def test_text_failure_keeps_the_older_data_set():
 def test_text_interrupt_leaves_nothing(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(prepare_text, 'finish', interrupted)
+    monkeypatch.setattr(bins, 'finish', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_text.main(['--name=a', f'--source={write_jsonl("x.jsonl", TEXTS)}'])
+        run_here('prepare_text.py', '--name=a', f'--source={write_jsonl("x.jsonl", TEXTS)}')
     assert not os.path.exists('data/a')
 
 
+@pytest.mark.slow
 def test_help_is_instant_and_a_mistake_is_one_line():
-    scripts = [os.path.join(ROOT, s) for s in ('prepare_sample.py', 'prepare_wiki40b.py', 'prepare_text.py',
-                                                   'prepare_pile.py', 'prepare_metadata.py', 'train_tokenizer.py')]
-    for script in scripts:
-        out = run_python('-X', 'importtime', script, '--help')
+    for script in ('prepare_sample.py', 'prepare_wiki40b.py', 'prepare_text.py', 'prepare_pile.py',
+                   'prepare_metadata.py', 'train_tokenizer.py'):
+        out = run_script('-X', 'importtime', script, '--help', timeout=1800)
         assert out.returncode == 0 and 'data_dir' in out.stdout
-        heavy = ('torch', 'datasets', 'tensorflow_datasets', 'tiktoken', 'tokenizers', 'pyarrow')
+        heavy = ('torch', 'numpy', 'datasets', 'tensorflow_datasets', 'tiktoken', 'tokenizers', 'pyarrow')
         assert not any(f'| {module}\n' in out.stderr for module in heavy)
-    out = run_python(scripts[2], '--name=a', '--source=./none.txt')
+    out = run_script('prepare_text.py', '--name=a', '--source=./none.txt', timeout=1800)
     assert out.returncode == 1 and out.stderr.startswith('error: no file matches') and out.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='RssAnon is Linux')
 @pytest.mark.parametrize('flags', [[], ['--tokenizer=tokenizer.json', '--num_proc=1']])
 def test_memory_does_not_grow_with_the_source(flags):
     """Anonymous memory while one text of 2 and of 100 MB (10 for BPE) is prepared differs by a fraction of the text."""
     byte_level_bpe('tokenizer.json', TEXTS)
-    code = ('import sys, threading, time; import prepare_text; peak = 0\n'
-            'def anon(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])\n'
-            'def watch():\n    global peak\n    while True: peak = max(peak, anon()); time.sleep(0.005)\n'
-            'threading.Thread(target=watch, daemon=True).start()\n'
-            'prepare_text.main(sys.argv[1:]); print(max(peak, anon()))')
     peaks = []
     for megabytes in (2, 10 if flags else 100):
         with open('big.txt', 'wb') as f:
             for i in range(megabytes):
                 f.write((b'%d some words of text.\n' % i * 60_000)[:1_000_000])
-        out = run_python('-c', code, f'--name=m{megabytes}', '--source=big.txt', *flags)
-        assert out.returncode == 0, out.stderr
-        peaks.append(int(out.stdout.split()[-1]) / 1e3)
+        peaks.append(peak_memory('prepare_text.py', f'--name=m{megabytes}', '--source=big.txt', *flags))
     assert peaks[1] - peaks[0] < 30, peaks
 
 
@@ -529,7 +514,7 @@ def test_the_index_finds_every_document(flags):
     tok = byte_level_bpe('tokenizer.json', TEXTS)
     texts = [*TEXTS[:20], '', 'x' * 200_000 + ' last words']
     write_jsonl('x.jsonl', texts)
-    prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', *flags])
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl', '--val_fraction=0', *flags)
     data, entry = open_split('data', 'a', 'train'), splits_of('data/a')['train']
     starts = np.fromfile(os.path.join('data/a', entry['index']), '<u8')
     ends = [*(starts[1:] - (1 if flags else 3)), data.n_tokens]
@@ -551,7 +536,7 @@ def test_joined_rows_are_one_text(hub):
             write_jsonl(f'wiki/{split}.jsonl', rows)
     where = ['--source=wiki'] if hub else ['--source=wiki/train.jsonl', '--val_source=wiki/validation.jsonl',
                                            '--test_source=wiki/test.jsonl']
-    prepare_text.main(['--name=a', *where, '--join_rows', r'--document_separator=\n'])
+    run_here('prepare_text.py', '--name=a', *where, '--join_rows', r'--document_separator=\n')
     assert read('data/a/train.bin').decode() == '= A =\n\none two\né' and read('data/a/test.bin') == b'\nthree'
     assert read('data/a/val.bin') == b'= B =' and splits_of('data/a')['train']['documents'] == 1
 
@@ -563,7 +548,7 @@ def test_cleaning_drops_lines_and_counts_them(capsys):
             'see <a href="x">here</a>\r\n<br/>\nend\n\nlast',
             'end\n<p>']
     write_jsonl('x.jsonl', docs)
-    prepare_text.main(['--name=a', '--source=x.jsonl', '--val_fraction=0', '--clean_lines'])
+    run_here('prepare_text.py', '--name=a', '--source=x.jsonl', '--val_fraction=0', '--clean_lines')
     assert read('data/a/train.bin').decode() == (
         f'{docs[0]}\n\n\nOne two three four, FIVE six seven eight nine\n'
         'One two three four five six seven eight ninety\n\nlast')
@@ -571,16 +556,6 @@ def test_cleaning_drops_lines_and_counts_them(capsys):
     meta = bins.read_meta('data', 'a')
     assert meta['source']['cleaned'] == dict(lines=11, duplicate_lines=2, html_lines=3)
     assert meta['splits']['train']['documents'] == 2                    # of the third nothing was left
-
-
-def test_cleaning_does_not_depend_on_chunks():
-    """Lines are put together across chunks, and a line without end does not fill the memory."""
-    text = b'alpha beta\ngamma\nalpha beta\n<b>\n' + b'y' * 3_000_000
-    whole = b''.join(clean.LineCleaner()([text]))
-    pieces = clean.LineCleaner()
-    assert whole == b'alpha beta\ngamma\n' + b'y' * 3_000_000
-    assert b''.join(pieces(text[:32][i:i + 7] for i in range(0, 32, 7))) == b'alpha beta\ngamma\n'
-    assert pieces.counts == dict(lines=4, duplicate_lines=1, html_lines=1)
 
 
 def test_more_than_two_billion_tokens():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OneProcess, same, torchrun
+from conftest import OneProcess, run_here, same, torchrun
 
 import runs
 import score
@@ -18,7 +18,6 @@ from corpus import bins
 from corpus.data import open_split
 from lab import probe
 from model import GPT, ModelConfig, make, model_args
-from training import huggingface
 
 T, C, SYMBOLS = 8, 48, 4                        # rows of 8 draws from 4 letters: 16 bits
 FLAGS = ('--device=cpu', '--dtype=float32', '--max_iters=200', '--batch_size=64', '--learning_rate=3e-3',
@@ -194,7 +193,7 @@ def test_a_hugging_face_folder_is_an_encoder(draws, tmp_path):
     """The same weights as a GPT-2 folder give the same numbers; the data set must then be named."""
     torch.manual_seed(5)
     path = save(tmp_path / 'm', GPT(config(positions='learned')))
-    huggingface.main(['export', f'{path}/ckpt.pt', str(tmp_path / 'folder')])
+    run_here('runs.py', 'export', f'{path}/ckpt.pt', tmp_path / 'folder')
     flags = [f'--data_dir={draws[0]}', f'--from_ckpt={path},{tmp_path / "folder"}', f'--out_dir={tmp_path / "p"}',
              *FLAGS, '--max_iters=5', '--spread=repeat', '--positions=learned']
     with pytest.raises(UserError, match='--dataset=NAME'):

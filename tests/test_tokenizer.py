@@ -8,17 +8,12 @@ import random
 
 import numpy as np
 import pytest
-from conftest import make_text, snapshot
+from conftest import make_text, run_here, snapshot
 
-import compress
-import eval as evaluation
-import prepare_text
-import sample
-import train
-import train_tokenizer
 from configurator import UserError
 from corpus import bins, tokens
 from corpus.data import open_split
+from training.checkpoint import load_checkpoint
 
 SIZE = 700
 
@@ -43,7 +38,7 @@ def folder(tmp_path_factory):
     for name, text in texts.items():
         (folder / f'{name}.txt').write_bytes(text.encode())
     assert sum(map(os.path.getsize, glob.glob(str(folder / '*.txt')))) > 950_000
-    train_tokenizer.main(learn(folder))
+    run_here('train_tokenizer.py', *learn(folder))
     return folder
 
 
@@ -88,13 +83,13 @@ def test_tiktokens_loader_reads_the_file(folder, monkeypatch):
     from tiktoken.load import load_tiktoken_bpe
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '')
     ranks = load_tiktoken_bpe(str(folder / 'data/tokenizers/own/ranks.tiktoken'))
-    assert ranks == tokens.own_encoding(str(folder / 'data/tokenizers/own'))._mergeable_ranks
+    assert ranks == tokens.learned_encoding(str(folder / 'data/tokenizers/own'))._mergeable_ranks
     assert sorted(ranks.values()) == list(range(SIZE - 1)) and all(bytes([b]) in ranks for b in range(256))
 
 
 def test_every_byte_string_round_trips(folder):
     """Random bytes, every single one, cut characters: ids, and the bytes again."""
-    encoding = tokens.own_encoding(str(folder / 'data/tokenizers/own'))
+    encoding = tokens.learned_encoding(str(folder / 'data/tokenizers/own'))
     strings = [encoding.decode_single_token_bytes(i) for i in range(SIZE)]
     encode = tokens.bytes_encoder(encoding.encode_ordinary, strings)
     rng, text = random.Random(5), make_text(300) + '日本🙂 мы'.encode()
@@ -112,7 +107,7 @@ def test_the_result_is_a_function_of_text_and_settings(folder, monkeypatch):
         for path in files:
             f.write(json.dumps(dict(text=path.read_bytes().decode())) + '\n')
     monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')
-    train_tokenizer.main(learn(folder, source='all.jsonl.gz', data='again'))
+    run_here('train_tokenizer.py', *learn(folder, source='all.jsonl.gz', data='again'))
     first, second = (snapshot(folder / data / 'tokenizers/own') for data in ('data', 'again'))
     metas = [json.loads(found.pop('meta.json')) for found in (first, second)]
     assert first == second and metas[0]['sha256'] == metas[1]['sha256']
@@ -127,8 +122,8 @@ def test_bytes_per_token_on_learned_and_held_out_text(folder, capsys):
         for i in range(40):
             f.write(json.dumps(dict(text=('unseenwords ' if i % 4 == 3 else make_text(200, i).decode()) * 20)) + '\n')
     flags = '--vocab_size=320', '--held_out_every=4'
-    train_tokenizer.main([*learn(folder, source='h.jsonl', name='held'), *flags])
-    encoding, meta = tokens.own_encoding(str(folder / 'data/tokenizers/held')), meta_of(folder, 'held')
+    run_here('train_tokenizer.py', *learn(folder, source='h.jsonl', name='held'), *flags)
+    encoding, meta = tokens.learned_encoding(str(folder / 'data/tokenizers/held')), meta_of(folder, 'held')
     with open(folder / 'h.jsonl') as f:
         texts = [json.loads(line)['text'] for line in f]
     for part, chosen in (('held_out', texts[3::4]), ('learned', [t for i, t in enumerate(texts) if i % 4 != 3])):
@@ -136,7 +131,7 @@ def test_bytes_per_token_on_learned_and_held_out_text(folder, capsys):
         assert meta['bytes_per_token'][part] == pytest.approx(sum(len(t.encode()) for t in chosen) / n_tokens)
     assert meta['bytes_per_token']['held_out'] < 2 < meta['bytes_per_token']['learned']
     assert f'{meta["bytes_per_token"]["held_out"]:.3f} on held-out text' in capsys.readouterr().out
-    train_tokenizer.main([*learn(folder, source='h.jsonl', name='lead'), *flags, '--max_bytes=20000'])
+    run_here('train_tokenizer.py', *learn(folder, source='h.jsonl', name='lead'), *flags, '--max_bytes=20000')
     assert 20_000 <= meta_of(folder, 'lead')['source']['text_bytes'] < 25_000
 
 
@@ -155,7 +150,8 @@ def test_bad_input_leaves_nothing(folder, flags, message):
         (folder / 'in' / name).write_bytes(data)
     before = snapshot(folder / 'data')
     with pytest.raises(UserError, match=message) as caught:
-        train_tokenizer.main([*learn(folder, name='new'), *(f.replace('HERE', str(folder / 'in')) for f in flags)])
+        run_here('train_tokenizer.py', *learn(folder, name='new'),
+                 *(f.replace('HERE', str(folder / 'in')) for f in flags))
     assert '\n' not in str(caught.value) and snapshot(folder / 'data') == before
 
 
@@ -163,16 +159,17 @@ def test_an_interrupted_run_leaves_the_older_tokenizer(folder, tmp_path, monkeyp
     """Stopped while files are written: what was there stays whole, and no half folder remains."""
     def interrupted(*_):
         raise KeyboardInterrupt
-    train_tokenizer.main(learn(folder, f'--data_dir={tmp_path}', '--vocab_size=400', source='english.txt'))
+    run_here('train_tokenizer.py', *learn(folder, f'--data_dir={tmp_path}', '--vocab_size=400', source='english.txt'))
     before = snapshot(tmp_path)
-    monkeypatch.setattr(train_tokenizer, 'write_json', interrupted)
+    monkeypatch.setattr(bins, 'write_json', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_tokenizer.main(learn(folder, f'--data_dir={tmp_path}', '--overwrite'))
+        run_here('train_tokenizer.py', *learn(folder, f'--data_dir={tmp_path}', '--overwrite'))
     assert snapshot(tmp_path) == before and os.listdir(tmp_path / 'tokenizers') == ['own']
 
 
 def test_a_damaged_tokenizer_is_refused(folder, tmp_path):
-    train_tokenizer.main(learn(folder, f'--data_dir={tmp_path}', '--vocab_size=400', source='english.txt', name='bad'))
+    run_here('train_tokenizer.py', *learn(folder, f'--data_dir={tmp_path}', '--vocab_size=400', source='english.txt',
+             name='bad'))
     ranks = tmp_path / 'tokenizers/bad/ranks.tiktoken'
     whole = ranks.read_bytes()
     for data, message in ((whole.replace(b' 300\n', b' 301\n'), 'SHA-256'), (whole[:-30], 'SHA-256|whole'),
@@ -193,11 +190,11 @@ def own_name(folder):
 @pytest.fixture(scope='module')
 def model(folder):
     """data/text: the English text in ids of the own BPE; out/run: a tiny model of it."""
-    prepare_text.main([f'--source={folder / "english.txt"}', '--name=text', '--tokenizer=own',
-                       f'--data_dir={folder / "data"}', '--max_bytes=60000'])
-    train.main(['--n_layer=1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=8', '--device=cpu',
-                '--dtype=float32', f'--data_dir={folder / "data"}', '--dataset=text', '--max_iters=60',
-                '--learning_rate=3e-3', f'--out_dir={folder / "run"}'])
+    run_here('prepare_text.py', f'--source={folder / "english.txt"}', '--name=text', '--tokenizer=own',
+             f'--data_dir={folder / "data"}', '--max_bytes=60000')
+    run_here('train.py', '--n_layer=1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=8',
+             '--device=cpu', '--dtype=float32', f'--data_dir={folder / "data"}', '--dataset=text', '--max_iters=60',
+             '--learning_rate=3e-3', f'--out_dir={folder / "run"}')
     return folder
 
 
@@ -205,7 +202,7 @@ def test_data_in_its_ids_are_the_text(model):
     """Packed ids give the bytes back, and meta.json carries the tokenizer: name, hash, file, bytes of each id."""
     data = open_split(str(model / 'data'), 'text', 'train', verify=True)
     meta = bins.read_meta(str(model / 'data'), 'text')
-    encoding = tokens.own_encoding(str(model / 'data/tokenizers/own'))
+    encoding = tokens.learned_encoding(str(model / 'data/tokenizers/own'))
     raw = encoding.decode_bytes(data.tokens.tolist())
     assert (model / 'english.txt').read_bytes().startswith(raw) and len(raw) == data.text_bytes == 60_000 - 2 * 600
     assert (data.tokens.dtype, meta['start_id'], meta['tokenizer']['name']) == (np.uint16, SIZE - 1, own_name(model))
@@ -215,8 +212,8 @@ def test_data_in_its_ids_are_the_text(model):
 
 def test_eval_counts_its_bytes(model):
     """Bits per byte are nats over the text's bytes, not over tokens."""
-    evaluation.main([f'--from_ckpt={model / "run"}', f'--data_dir={model / "data"}', f'--out={model / "out"}',
-                     '--device=cpu', '--dtype=float32', '--bootstrap=0'])
+    run_here('eval.py', f'--from_ckpt={model / "run"}', f'--data_dir={model / "data"}', f'--out={model / "out"}',
+             '--device=cpu', '--dtype=float32', '--bootstrap=0')
     path, = glob.glob(str(model / 'out/eval-*/run.json'))
     row, = json.load(open(path))['rows']
     data = open_split(str(model / 'data'), 'text', 'test')
@@ -229,7 +226,7 @@ def test_sample_speaks_it(model, capfdbinary):
     (model / 'prompt').write_bytes(b'the model \xff\xfe')
     flags = f'--from_ckpt={model / "run"}', '--device=cpu', '--max_new_tokens=20'
     for prompt, begin in (('the model', 'the model'), (f'FILE:{model / "prompt"}', 'the model \ufffd\ufffd')):
-        assert sample.main([*flags, f'--prompt={prompt}']) == 0
+        assert run_here('sample.py', *flags, f'--prompt={prompt}') == 0
         said = capfdbinary.readouterr().out.decode()
         assert said.startswith(begin) and len(said) > len(begin) + 15
 
@@ -239,11 +236,11 @@ def test_pack_embeds_it(model, tmp_path):
     raw = make_text(3000, 9) + ' <|endoftext|> мы 日本'.encode()
     (tmp_path / 'text').write_bytes(raw)
     paths = map(str, (model / 'run/ckpt.pt', tmp_path / 'text', tmp_path / 'a'))
-    assert compress.main(['pack', *paths, '--no-verify', '--no-progress', '--weight_bits=6']) == 0
+    assert run_here('compress.py', 'pack', *paths, '--no-verify', '--no-progress', '--weight_bits=6') == 0
     hidden = model / 'data' / 'hidden'
     os.rename(model / 'data' / 'text', hidden)
     try:
-        assert compress.main(['unpack', str(tmp_path / 'a'), str(tmp_path / 'back'), '--no-progress']) == 0
+        assert run_here('compress.py', 'unpack', str(tmp_path / 'a'), str(tmp_path / 'back'), '--no-progress') == 0
     finally:
         os.rename(hidden, model / 'data' / 'text')
     assert (tmp_path / 'back').read_bytes() == raw
@@ -254,14 +251,12 @@ def test_pack_embeds_it(model, tmp_path):
 
 def test_a_tokenizer_trained_again_is_another_one(model, tmp_path):
     """Same name, other ids: eval.py refuses, and nobody takes the new tokenizer.json for the model's."""
-    import runs
-    from training import huggingface
-    checkpoint = runs.load_checkpoint(str(model / 'run'))
-    assert huggingface.tokenizer_folder(checkpoint) == str(model / 'data/text')
+    checkpoint = load_checkpoint(str(model / 'run'))
+    assert tokens.tokenizer_folder(checkpoint) == str(model / 'data/text')
     data = f'--data_dir={tmp_path}'
-    train_tokenizer.main(learn(model, data, '--vocab_size=400', source='english.txt'))
-    prepare_text.main([f'--source={model / "english.txt"}', '--name=text', '--tokenizer=own', data])
+    run_here('train_tokenizer.py', *learn(model, data, '--vocab_size=400', source='english.txt'))
+    run_here('prepare_text.py', f'--source={model / "english.txt"}', '--name=text', '--tokenizer=own', data)
     with pytest.raises(UserError, match=r"reads 'own@\w{8}' tokens .* holds 'own@\w{8}' tokens"):
-        evaluation.main([f'--from_ckpt={model / "run"}', data, '--dataset=text', f'--out={tmp_path}', '--device=cpu'])
+        run_here('eval.py', f'--from_ckpt={model / "run"}', data, '--dataset=text', f'--out={tmp_path}', '--device=cpu')
     checkpoint['config']['data_dir'] = str(tmp_path)
-    assert huggingface.tokenizer_folder(checkpoint) == ''
+    assert tokens.tokenizer_folder(checkpoint) == ''

@@ -9,6 +9,7 @@ from conftest import snapshot, write_dataset
 from configurator import UserError
 from corpus import bins
 from corpus.bins import Bin, BinWriter, batch_starts, n_blocks, open_bin, permute
+from corpus.data import open_split
 
 
 def edit_meta(data_dir, change):
@@ -236,7 +237,7 @@ def test_a_meta_json_may_not_name_files_elsewhere(tmp_path, field, name):
         assert bins.open_bin(str(tmp_path), 'toy', 'train').n_tokens == 4096        # '' there: no table
         return
     with pytest.raises(UserError, match='meta.json names the file') as e:
-        bins.open_bin(str(tmp_path), 'toy', 'train')
+        open_split(str(tmp_path), 'toy', 'train')
     assert '\n' not in str(e.value) and repr(name) in str(e.value)
 
 

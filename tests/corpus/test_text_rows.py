@@ -6,17 +6,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_text, snapshot
+from conftest import TINY, make_text, run_here, snapshot
 
-import eval as evaluation
-import prepare_text
-import runs
-import train
-import train_tokenizer
 from configurator import UserError
-from corpus import bins, tokens
+from corpus import bins, tokens, writer
 from corpus.data import open_split
 from corpus.rows import DocumentRowWriter
+from training.checkpoint import load_model
 
 SIZES = (1, 31, 32, 33, 64, 65, 400, 7)
 DOCS = [make_text(SIZES[i % len(SIZES)] + i // 40, seed=i).decode() + ' é日' * (i % 3) for i in range(120)]
@@ -28,12 +24,13 @@ def data_dir(tmp_path_factory):
     """A folder with x.jsonl, 120 documents, and a BPE of 300 ids."""
     folder = tmp_path_factory.mktemp('rows')
     (folder / 'x.jsonl').write_text(''.join(json.dumps(dict(text=t)) + '\n' for t in DOCS))
-    train_tokenizer.main([f'--data_dir={folder}', f'--source={folder / "x.jsonl"}', '--name=own', '--vocab_size=300'])
+    run_here('train_tokenizer.py', f'--data_dir={folder}', f'--source={folder / "x.jsonl"}', '--name=own',
+             '--vocab_size=300')
     return str(folder)
 
 
 def prepare(data_dir, name, *flags):
-    prepare_text.main([f'--data_dir={data_dir}', f'--source={data_dir}/x.jsonl', f'--name={name}', *flags])
+    run_here('prepare_text.py', f'--data_dir={data_dir}', f'--source={data_dir}/x.jsonl', f'--name={name}', *flags)
     return os.path.join(data_dir, name)
 
 
@@ -77,7 +74,7 @@ def test_packed_rows_lose_no_tail(data_dir, flags):
         scored += y[y >= 0].tolist()
     assert scored == data.tokens.tolist()
     tok = tokens.load_tokenizer(flags[0][12:], data_dir=data_dir)
-    text = bytes(scored) if tok is None else tokens.own_encoding(f'{data_dir}/tokenizers/own').decode_bytes(scored)
+    text = bytes(scored) if tok is None else tokens.learned_encoding(f'{data_dir}/tokenizers/own').decode_bytes(scored)
     assert text.decode() == ('\n\n\n' if tok is None else tokens.END_OF_TEXT).join(DOCS)
     assert data.text_bytes == len(text) - (0 if tok is None else len(tokens.END_OF_TEXT) * (len(DOCS) - 1))
 
@@ -85,7 +82,7 @@ def test_packed_rows_lose_no_tail(data_dir, flags):
 @pytest.mark.parametrize('more', [[], ['--rows=32'], ['--rows=32', '--truncate']])
 def test_the_number_of_threads_changes_no_byte(data_dir, more, monkeypatch):
     """1, 2 and 3 threads, batches of few documents, pieces of documents: the same files, meta.json's argv aside."""
-    monkeypatch.setattr(prepare_text, 'BATCH', 700)
+    monkeypatch.setattr(writer, 'BATCH', 700)
     monkeypatch.setattr(tokens, 'PIECE', 40)
     found = []
     for num_proc in (1, 2, 3):
@@ -118,7 +115,7 @@ def test_a_million_spaces(data_dir, tmp_path):
     (tmp_path / 's.txt').write_text(text)
     prepare(data_dir, 'spaces', '--tokenizer=own', f'--source={tmp_path / "s.txt"}', '--val_fraction=0', '--overwrite')
     ids = open_split(data_dir, 'spaces', 'train').tokens.tolist()
-    assert tokens.own_encoding(f'{data_dir}/tokenizers/own').decode_bytes(ids).decode() == text
+    assert tokens.learned_encoding(f'{data_dir}/tokenizers/own').decode_bytes(ids).decode() == text
 
 
 def test_packed_after_rows_leaves_no_mask(data_dir):
@@ -138,12 +135,12 @@ def test_an_interrupted_run_leaves_nothing(data_dir, monkeypatch):
         if len(calls) > 20:
             raise KeyboardInterrupt
         return real(*args)
-    real = prepare_text.hash_of
-    monkeypatch.setattr(prepare_text, 'hash_of', interrupted)
+    real = writer.hash_of
+    monkeypatch.setattr(writer, 'hash_of', interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data_dir, 'stopped', '--rows=32', '--tokenizer=own')
     assert not os.path.exists(f'{data_dir}/stopped')
-    monkeypatch.setattr(prepare_text, 'finish', interrupted)
+    monkeypatch.setattr(bins, 'finish', interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data_dir, 'stopped', '--rows=32', '--tokenizer=own')
     assert not os.path.exists(f'{data_dir}/stopped')
@@ -165,18 +162,18 @@ def test_train_and_eval_take_the_rows(data_dir, tmp_path):
     out = str(tmp_path / 'run')
     flags = [*TINY, f'--data_dir={data_dir}', '--dataset=learn', f'--out_dir={out}']
     with pytest.raises(UserError, match='set --block_size=32'):
-        train.main([*flags, '--block_size=16'])
-    train.main([*flags, '--max_iters=40', '--eval_interval=20'])
+        run_here('train.py', *flags, '--block_size=16')
+    run_here('train.py', *flags, '--max_iters=40', '--eval_interval=20')
     with open(f'{out}/train_loss.csv') as f:
         head, *lines = (line.split(',') for line in f.read().splitlines())
     losses = [float(line[head.index('loss_nats')]) for line in lines]
     assert losses[-1] < losses[0] - 0.5
-    evaluation.main([f'--from_ckpt={out}', f'--data_dir={data_dir}', f'--out={tmp_path}', '--device=cpu',
-                     '--dtype=float32', '--bootstrap=50'])
+    run_here('eval.py', f'--from_ckpt={out}', f'--data_dir={data_dir}', f'--out={tmp_path}', '--device=cpu',
+             '--dtype=float32', '--bootstrap=50')
     path, = glob.glob(f'{tmp_path}/eval-*/run.json')
     with open(path) as f:
         row, = json.load(f)['rows']
-    data, (model, _) = open_split(data_dir, 'learn', 'test'), runs.load_model(out, torch.device('cpu'))
+    data, (model, _) = open_split(data_dir, 'learn', 'test'), load_model(out, torch.device('cpu'))
     nats = 0.0
     for start in range(0, data.n_tokens, 32):
         kept = data.mask[start:start + 32] == 1

@@ -1,4 +1,4 @@
-"""metadata.py, rows.py and prepare_metadata.py: golden renderings, rows, pairs, draws, resuming; records made here."""
+"""prepare_metadata.py: rows, pairs, resuming, bad records, --annotate; records made here."""
 import collections
 import gzip
 import json
@@ -7,11 +7,10 @@ import os
 import numpy as np
 import pytest
 import zstandard
-from conftest import run_script, snapshot
+from conftest import peak_memory, run_here, snapshot
 
-import prepare_metadata
 from configurator import UserError
-from corpus import bins, documents, metadata
+from corpus import bins, documents, metadata, rows
 from corpus.data import open_split
 
 WORDS = 'a byte of text has its price and each zero is free until the model pays for what it knows'.split()
@@ -34,115 +33,6 @@ def rendered(text, *items):
     for i in items:
         kinds[i['key']].append(i)
     return ''.join(s for s, _ in metadata.segments_of(text, kinds, metadata.TYPES))
-
-
-# --- rendering ---
-
-@pytest.mark.parametrize('one, expected', [
-    (item('url', 'https://a.org/Year%202021/a+b'), 'url: https://a.org/Year 2021/a b |||'),
-    (item('timestamp', '2018-12-10T13:45:00.000Z'), 'Year: 2018 | Month: December |||'),
-    (item('timestamp', '2024-04-25T16:24:44Z'), 'Year: 2024 | Month: April |||'),
-    (item('title', 'On Zeros'), 'Title: On Zeros |||'),
-    (item('website_description', 'A site.'), 'Website Description: A site. |||'),
-    (item('datasource', 'a.org'), 'Datasource: a.org |||'),
-    (item('length', '312'), 'Text Length: 312 |||')])
-def test_golden_prefix_of_each_type(one, expected):
-    """modeling-metadata's prefix, letter by letter; timestamps of both precisions occur in real data."""
-    assert metadata.prefix_of({one['key']: [one]}, metadata.TYPES) == expected
-
-
-def test_prefix_takes_the_order_of_the_types_and_the_last_of_several():
-    """Items are joined in the order that the user gave, whatever the record's."""
-    items = dict(title=[item('title', 'old'), item('title', 'T')], url=[item('url', 'u')])
-    assert metadata.prefix_of(items, ('url', 'title')) == 'url: u | Title: T |||'
-    assert metadata.prefix_of(items, ('title', 'url')) == 'Title: T | url: u |||'
-    assert metadata.prefix_of(items, ('length',)) == ''
-
-
-@pytest.mark.parametrize('text, items, expected', [
-    ('Biden won', [item('entity', 'Joe Biden', 0, 5)], 'Biden [[Joe Biden]] won'),
-    ('It was. So.', [item('length', '7', 0, 7)], '[length: 7]It was.[/length: 7] So.'),
-    ('It was. So.', [item('paragraph', 'p', 8, 11)], 'It was. [paragraph: p]So.[/paragraph: p]')])
-def test_golden_local_types(text, items, expected):
-    """An entity's name comes after the mention; what has no form of its own is in square brackets."""
-    found = {('length_sentence' if i['key'] == 'length' else i['key']): [i] for i in items}
-    assert ''.join(s for s, _ in metadata.segments_of(text, found, metadata.TYPES)) == expected
-
-
-@pytest.mark.parametrize('text, items, expected', [
-    # 1. attributes: class and id stay, href goes
-    ('go on', [tag('a', 0, 2, 0, 0, href='/x', class_='k j', id='i')], '<a class:k j id:i>go</a> on'),
-    # 2. nested at equal positions on both sides: the relative positions say that b is outside i
-    ('go', [tag('i', 0, 2, 1, 0), tag('b', 0, 2, 0, 1)], '<b><i>go</i></b>'),
-    # 3. an empty tag between two that touch: </b> closes, <br> opens and closes, <i> opens, all at index 2
-    ('goon', [tag('b', 0, 2, 0, 0), tag('br', 2, 2, 1, 2), tag('i', 2, 4, 3, 0)], '<b>go</b><br></br><i>on</i>'),
-    # 4. an empty tag inside an empty tag, at the end of the text
-    ('go', [tag('b', 2, 2, 0, 3), tag('i', 2, 2, 1, 2)], 'go<b><i></i></b>'),
-    # 5. the same as 2 and 3 without relative positions: closers, empty ones, openers; the wider span is outside
-    ('goon', [tag('i', 0, 2), tag('b', 0, 4), tag('br', 2, 2), tag('u', 2, 4)], '<b><i>go</i><br></br><u>on</u></b>'),
-    # 6. equal spans without relative positions: a later item is the outer one; two empty ones nest alike
-    ('go', [tag('i', 0, 2), tag('b', 0, 2), tag('p', 0, 0), tag('q', 0, 0)], '<q><p></p></q><b><i>go</i></b>')])
-def test_golden_html_nesting(text, items, expected):
-    """Six cases worked out by hand from modeling-metadata's rules."""
-    assert rendered(text, *items) == expected
-
-
-def test_an_entity_inside_html_closes_before_the_tags():
-    """Two types at one index: closers of spans, then html's block, which its own positions order."""
-    assert rendered('go on', tag('b', 0, 2, 0, 0), item('entity', 'Go', 0, 2)) == '<b>go [[Go]]</b> on'
-
-
-# --- reading and annotation ---
-
-@pytest.mark.parametrize('record, message', [
-    (dict(url='u'), 'has no text, it has url'),
-    (dict(text='', metadata=[]), 'has no text'),
-    (dict(text='four', metadata=[item('entity', 'x', 2, 9)]), 'entity spans characters 2 to 9 of a text of 4'),
-    (dict(text='four', metadata=[item('entity', 'x', 3, 2)]), 'spans characters 3 to 2'),
-    (dict(text='four', metadata=[item('entity', 'x', 'a', 2)]), 'spans characters a to 2'),
-    (dict(text='four', metadata_html=[tag('b', 0, 3), tag('i', 2, 4)]), 'html spans overlap, one to 3 and one from 2'),
-    (dict(text='four', metadata=['x']), "metadata item x, expected key, type"),
-    (dict(html='<![x<p>'), 'html that cannot be parsed')])
-def test_bad_records(record, message):
-    """One line with the place, the value, the expectation."""
-    with pytest.raises(UserError, match=r'f:3') as e:
-        metadata.read_record(record, 'f:3')
-    assert message in str(e.value) and '\n' not in str(e.value)
-
-
-def test_both_forms_of_a_record_read_alike():
-    """A list, or one column per type, as C4's version has them; a sentence's length is not the text's."""
-    items = [item('url', 'u'), item('length', '2', 0, 2), item('length', '4')]
-    listed = metadata.read_record(dict(text='four', metadata=items), 'x')
-    columns = metadata.read_record(dict(text='four', metadata_url=items[:1], metadata_a=items[1:2], other=3,
-                                        metadata_b=items[2:], metadata_empty=[], metadata_none=None), 'x')
-    assert listed == columns and set(listed[1]) == {'url', 'length', 'length_sentence'}
-
-
-@pytest.mark.parametrize('url, expected', [
-    ('https://a.org/2018/12/10/x', '2018-12-10T00:00:00.000Z'), ('https://a.org/2018-03-x.html', '2018-03-01T'),
-    ('https://a.org/1982/12/x', ''), ('https://a.org/2022/12/x', ''), ('https://a.org/2018/13/x', ''),
-    ('https://a.org/120181/2', ''), ('https://2018/x', '')])
-def test_timestamp_of_a_url(url, expected):
-    """From the path alone, 1983 to 2021, as the source does."""
-    found = metadata.timestamp_of(url)
-    assert found.startswith(expected) and bool(found) == bool(expected)
-
-
-def test_annotation_of_a_page():
-    """Text, spans and title of a page; script, style, header, footer, iframe and form are gone; tags are nested."""
-    html = ('<html><head><title>A  &amp; B</title><style>p{}</style>'
-            '<link rel="canonical" href="https://a.org/2018/12/x"></head><body><header>no</header>'
-            '<p id=i>One <b>two</b>&nbsp;<i>three</i><br>four<p>five<script>x<y</script>'
-            '<form><input>no</form><ul><li>a<li>b</ul><footer>no</footer></body></html>')
-    text, found = metadata.read_record(dict(html=html), 'x')
-    assert text == 'One two three\nfour\nfive\na\nb'
-    assert rendered(text, *found['html']) == ('<p id:i>One <b>two</b> <i>three</i>\n<br></br>four</p>\n<p>five\n'
-                                              '<ul><li>a</li>\n<li>b</li></ul></p>')
-    assert metadata.prefix_of(found, metadata.TYPES) == (
-        'url: https://a.org/2018/12/x | Year: 2018 | Month: December | Datasource: a.org | Title: A & B |'
-        f' Text Length: {len(text)} |||')
-    metadata.check_nesting(found['html'], 'html', 'x')
 
 
 # --- rows ---
@@ -175,9 +65,10 @@ def prepare(tmp_path):
     source = write_jsonl(str(tmp_path / 'records.jsonl.gz'), make_records(120))
 
     def call(*flags, name='meta'):
-        prepare_metadata.main([f'--source={source}', '--types=url,title,html', '--tokenizer=byte', '--block_size=96',
-                               '--val_fraction=0.3', '--test_fraction=0.1', '--num_proc=1', f'--name={name}',
-                               f'--data_dir={tmp_path}', *flags])
+        run_here('prepare_metadata.py', f'--source={source}', '--types=url,title,html', '--tokenizer=byte',
+                 '--block_size=96',
+                 '--val_fraction=0.3', '--test_fraction=0.1', '--num_proc=1', f'--name={name}',
+                 f'--data_dir={tmp_path}', *flags)
         return str(tmp_path / name)
     return call
 
@@ -287,14 +178,14 @@ def test_rows_do_not_depend_on_processes_or_interruptions(prepare, tmp_path, mon
     write_jsonl(str(tmp_path / 'hub' / 'train.jsonl'), make_records(120))
     assert contents(prepare(f'--source={tmp_path / "hub"}', name='from_hub')) == whole
     assert contents(prepare('--num_proc=2', name='two')) == whole
-    real, calls = prepare_metadata.Splits.add, [0]
+    real, calls = rows.RowWriter.write, [0]
 
-    def add(self, document):
+    def write(self, *args):
         calls[0] += 1
-        if calls[0] in (40, 75):
+        if calls[0] in (60, 150):                                       # within a document, whose saved state is older
             raise KeyboardInterrupt
-        return real(self, document)
-    monkeypatch.setattr(prepare_metadata.Splits, 'add', add)
+        return real(self, *args)
+    monkeypatch.setattr(rows.RowWriter, 'write', write)
     monkeypatch.setattr(os, 'fsync', lambda descriptor: None)           # 22 files after each document: 17 s
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -310,20 +201,6 @@ def test_passes_draw_anew_and_max_bytes_stops(prepare):
     assert two['splits']['val']['sha256'] == one['splits']['val']['sha256']
     few = bins.read_meta('', prepare('--max_bytes=2000', name='few'))['splits']
     assert 2000 <= few['train']['text_bytes'] < 2600 and few['val'] == one['splits']['val']
-
-
-def test_types_are_drawn_by_weight():
-    """k is uniform in 1 to n; html leaves with 0.75 where it is not alone; a rare type is drawn more."""
-    rng, weights, found = np.random.default_rng(0), dict(url=1.0, title=4.0, html=1.0), collections.Counter()
-    sizes = collections.Counter()
-    for _ in range(4000):
-        drawn = metadata.draw_types(['url', 'title'], weights, rng)
-        sizes[len(drawn)] += 1
-        found.update(drawn if len(drawn) == 1 else [])
-    assert abs(sizes[1] / 4000 - 0.5) < 0.03 and abs(found['title'] / sizes[1] - 0.8) < 0.04
-    with_html = sum('html' in metadata.draw_types(['url', 'html'], weights, rng) for _ in range(4000)) / 4000
-    assert abs(with_html - 0.25 * 0.75) < 0.03          # k = 2: always, k = 1: half
-    assert metadata.draw_types(['html'], weights, rng) == ['html']
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -362,7 +239,7 @@ def test_annotate_writes_the_record_format(tmp_path, prepare):
         f.write('<title>T</title><body><p>Hello <b>you</b></p>')
     plain = write_jsonl(str(tmp_path / 'plain.jsonl'), make_records(30)[1:3])
     for source, out in ((tmp_path / '*.html.gz', tmp_path / 'page.jsonl.gz'), (plain, tmp_path / 'plain.jsonl.gz')):
-        prepare_metadata.main(['--annotate', f'--source={source}', f'--out={out}'])
+        run_here('prepare_metadata.py', '--annotate', f'--source={source}', f'--out={out}')
     (_, page), = documents.records_of(str(tmp_path / 'page.jsonl.gz'))
     text, items = metadata.read_record(page, 'x')
     assert text == 'Hello you' and rendered(text, *items['html']) == '<p>Hello <b>you</b></p>'
@@ -379,20 +256,14 @@ def test_a_damaged_mask_is_named(prepare):
         rows_of(folder, 'val')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='RssAnon is Linux')
 def test_memory_does_not_grow_with_the_source(tmp_path):
     """Anonymous memory while 2 and 20 MB of records are prepared differs by a fraction of the text."""
-    code = ('import sys, threading, time; import prepare_metadata; peak = 0\n'
-            'def anon(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])\n'
-            'def watch():\n    global peak\n    while True: peak = max(peak, anon()); time.sleep(0.005)\n'
-            'threading.Thread(target=watch, daemon=True).start()\n'
-            'prepare_metadata.main(sys.argv[1:]); print(max(peak, anon()))')
     peaks = []
     for n in (400, 4000):
         records = [dict(text=f'{i} ' + ' '.join(WORDS) * 55, title=f'No. {i}') for i in range(n)]
         path = write_jsonl(str(tmp_path / f'{n}.jsonl'), records)
-        done = run_script('-c', code, f'--source={path}', '--types=title', '--tokenizer=byte', f'--name=m{n}',
-                          '--num_proc=1', f'--data_dir={tmp_path}', '--pair_documents=50')
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]) / 1e3)
+        peaks.append(peak_memory('prepare_metadata.py', f'--source={path}', '--types=title', '--tokenizer=byte',
+                                 f'--name=m{n}', '--num_proc=1', f'--data_dir={tmp_path}', '--pair_documents=50'))
     assert peaks[1] - peaks[0] < 6, peaks

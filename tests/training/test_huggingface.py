@@ -1,4 +1,4 @@
-"""gpt2.py against transformers: the same logits in and out, tokenizers that go along, clear refusals."""
+"""huggingface.py against transformers: the same logits in and out, tokenizers that go along, clear refusals."""
 import json
 import os
 import shutil
@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import run_here, write_dataset
 
-import runs
 from configurator import UserError
+from corpus import tokens
 from model import GPT, ModelConfig, model_args
-from training import huggingface
+from training import checkpoint, huggingface
 
 transformers = pytest.importorskip('transformers')
 TINY = dict(vocab_size=300, n_positions=32, n_embd=24, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -43,7 +43,7 @@ def theirs(model):
 
 @torch.no_grad()
 def ours(path):
-    return runs.load_model(str(path))[0].eval()(IDS)
+    return checkpoint.load_model(str(path))[0].eval()(IDS)
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -53,8 +53,8 @@ def test_logits_are_those_of_transformers(tmp_path, tied, activation):
     model = hf_model(tie_word_embeddings=tied, activation_function=activation)
     model.save_pretrained(tmp_path / 'hf')
     assert float((ours(tmp_path / 'hf') - theirs(model)).abs().max()) < 1e-5
-    assert runs.load_checkpoint(str(tmp_path / 'hf'))['model_args']['tied'] == tied
-    huggingface.main(['export', str(tmp_path / 'hf'), str(tmp_path / 'back')])
+    assert checkpoint.load_checkpoint(str(tmp_path / 'hf'))['model_args']['tied'] == tied
+    run_here('runs.py', 'export', str(tmp_path / 'hf'), str(tmp_path / 'back'))
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'back').eval()
     assert torch.equal(theirs(back), theirs(model))
 
@@ -80,10 +80,10 @@ def test_byte_models_and_zeros_go_out(tmp_path, positions):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p)).mul_(torch.rand_like(p) < 0.3)
-    runs.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
+    checkpoint.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='', sha256='', tokenizer='byte', start_id=10)))
-    huggingface.main(['export', str(tmp_path), str(tmp_path / 'hf')])
+    run_here('runs.py', 'export', str(tmp_path), str(tmp_path / 'hf'))
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').eval()
     with torch.no_grad():
         assert float((theirs(back) - model(IDS)).abs().max()) < 1e-5
@@ -92,7 +92,7 @@ def test_byte_models_and_zeros_go_out(tmp_path, positions):
         int((p != 0).sum()) for p in model.parameters())
     tok = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     assert tok.encode('aé\n日') == list('aé\n日'.encode()) and tok.decode(tok.encode('a é\n')) == 'a é\n'
-    again = runs.load_checkpoint(str(tmp_path / 'hf'))
+    again = checkpoint.load_checkpoint(str(tmp_path / 'hf'))
     assert (again['data']['tokenizer'], again['data']['start_id']) == ('byte', 10)
 
 
@@ -113,7 +113,7 @@ def test_a_tokenizer_is_rebuilt_from_its_pieces():
     as_byte = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(
         b for b in range(256) if b not in visible)}
     pieces = [bytes(as_byte[c] for c in spelled) for spelled, i in sorted(vocab.items(), key=lambda v: v[1]) if i]
-    rebuilt = huggingface.build_tokenizer([*pieces, b''], len(pieces))
+    rebuilt = tokens.build_tokenizer([*pieces, b''], len(pieces))
     for text in ('the model weighs the text', "  It's é 日本 nothing\n\n untilmodel", '<|endoftext'):
         assert rebuilt.encode(text).ids == [i - 1 for i in original.encode(text).ids]
         assert rebuilt.decode(rebuilt.encode(text).ids) == text
@@ -124,25 +124,25 @@ def test_tokenizer_files_go_along(folder, tmp_path, capsys):
     """Those of the folder it came from, or of the data set it was trained on; a missing one is said."""
     shutil.copytree(folder, tmp_path / 'own')
     learned_bpe().save(str(tmp_path / 'own' / 'tokenizer.json'))
-    huggingface.main(['export', str(tmp_path / 'own'), str(tmp_path / 'a')])
+    run_here('runs.py', 'export', str(tmp_path / 'own'), str(tmp_path / 'a'))
     assert (tmp_path / 'a' / 'tokenizer.json').read_bytes() == (tmp_path / 'own' / 'tokenizer.json').read_bytes()
-    checkpoint = runs.load_checkpoint(str(tmp_path / 'own'))
+    saved = checkpoint.load_checkpoint(str(tmp_path / 'own'))
     write_dataset(str(tmp_path / 'data'))
     shutil.copy(tmp_path / 'own' / 'tokenizer.json', tmp_path / 'data' / 'toy')
     facts = dict(dataset='toy', sha256='', tokenizer='own', start_id=0)
-    runs.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(checkpoint, data=facts,
-                                                         config=dict(data_dir=str(tmp_path / 'data'))))
-    huggingface.main(['export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'b')])
+    config = dict(data_dir=str(tmp_path / 'data'))
+    checkpoint.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(saved, data=facts, config=config))
+    run_here('runs.py', 'export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'b'))
     assert os.path.exists(tmp_path / 'b' / 'tokenizer.json')
     capsys.readouterr()
-    huggingface.main(['export', folder, str(tmp_path / 'c')])
+    run_here('runs.py', 'export', folder, str(tmp_path / 'c'))
     assert "no tokenizer.json of 'tiny'" in capsys.readouterr().out
 
 
 def test_fifty_thousand_ids_are_gpt2s(tmp_path):
     """Vocabulary 50,257 means GPT-2's BPE and 50,256 its end-of-text: eval.py compares the name."""
     hf_model(vocab_size=50257, n_embd=4, n_layer=1, bos_token_id=50256, eos_token_id=50256).save_pretrained(tmp_path)
-    found = runs.load_checkpoint(str(tmp_path))['data']
+    found = checkpoint.load_checkpoint(str(tmp_path))['data']
     assert (found['tokenizer'], found['start_id']) == ('gpt2', 50256)
 
 
@@ -167,7 +167,7 @@ def broken(folder, tmp_path, config=(), cut=0):
 def test_refusals(folder, tmp_path, change, words):
     """One line that names the file, the value and what is expected."""
     with pytest.raises(UserError) as error:
-        runs.load_model(broken(folder, tmp_path, **change))
+        checkpoint.load_model(broken(folder, tmp_path, **change))
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
@@ -176,11 +176,11 @@ def test_a_folder_without_safetensors_and_with_a_broken_config(folder, tmp_path)
     path = broken(folder, tmp_path)
     os.remove(os.path.join(path, 'model.safetensors'))
     with pytest.raises(UserError, match='no model.safetensors'):
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
     with open(os.path.join(path, 'config.json'), 'w') as f:
         f.write('{')
     with pytest.raises(UserError, match='cannot be read as JSON'):
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
 
 
 @pytest.mark.parametrize('path, words', [('gpt2', 'no model of that id'), ('no/such-model', 'no model of that id'),
@@ -189,7 +189,7 @@ def test_hub_out_of_reach(path, words, tmp_path, monkeypatch):
     """What is no path is a hub id; offline that is one line with both cures. A .pt is never asked for on the hub."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
@@ -201,26 +201,27 @@ def test_a_hub_id_is_taken_from_the_cache(folder, tmp_path, monkeypatch):
         repo=repo, patterns=allow_patterns) or folder)
     assert torch.equal(ours('someone/tiny'), ours(folder))
     assert asked['repo'] == 'someone/tiny' and 'pytorch_model.bin' not in asked['patterns']
-    assert runs.parent_of('someone/tiny') == dict(path='someone/tiny', sha256=runs.parent_of(folder)['sha256'])
+    sha256 = checkpoint.parent_of(folder)['sha256']
+    assert checkpoint.parent_of('someone/tiny') == dict(path='someone/tiny', sha256=sha256)
 
 
 def test_export_refuses(folder, tmp_path):
     """Rotary positions are no GPT-2, and an earlier export is not overwritten unasked."""
     model = GPT(ModelConfig(block_size=8, n_embd=8, n_layer=1, n_head=2, positions='rotary', norm='rmsnorm'))
-    runs.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
+    checkpoint.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='', tokenizer='byte', start_id=10)))
     with pytest.raises(UserError, match="norm = 'rmsnorm', positions = 'rotary'"):
-        huggingface.main(['export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')])
-    huggingface.main(['export', folder, str(tmp_path / 'y')])
+        run_here('runs.py', 'export', str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x'))
+    run_here('runs.py', 'export', folder, str(tmp_path / 'y'))
     with pytest.raises(UserError, match='--overwrite'):
-        huggingface.main(['export', folder, str(tmp_path / 'y')])
-    huggingface.main(['export', folder, str(tmp_path / 'y'), '--overwrite'])
+        run_here('runs.py', 'export', folder, str(tmp_path / 'y'))
+    run_here('runs.py', 'export', folder, str(tmp_path / 'y'), '--overwrite')
 
 
 def test_generation_agrees(folder):
     """Stepwise with our cache, transformers' in one go: the next token is the same."""
-    model, hf = runs.load_model(folder)[0].eval(), transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    model, hf = checkpoint.load_model(folder)[0].eval(), transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     cache, steps = model.new_cache(), []
     with torch.no_grad():
         for i in range(8):
