@@ -126,7 +126,6 @@ from corpus.bins import key_of, read_meta
 from corpus.data import Batches, Place, common_splits, open_data, open_pairs, rules
 from corpus.objectives import objective_rule
 from model import config_from_knobs, flops_per_token, make, model_args
-from pairs import evaluate as evaluate_pairs
 from training import curves, parallel, plan
 from training.checkpoint import check_resume, load_encoder, load_weights, parent_of
 from training.optim import SignStep, forget, load_states, make_optimizers, set_rate, states_of
@@ -502,7 +501,7 @@ def validate(run, phase, model, data, pair_sets, T, eval_rows, eval_blocks):
     val = score.evaluate(model, data.head(eval_blocks * T), T, eval_rows, run.env)
     paired = {}
     for kind, arms in pair_sets.items():
-        numbers = next(evaluate_pairs(model, arms, eval_rows, run.env, 0, eval_blocks))
+        numbers = next(score.evaluate_pairs(model, arms, eval_rows, run.env, 0, eval_blocks))
         paired[kind] = {key: numbers[key] for key in PAIRED if key in numbers}
         shown = ' '.join(f'{key}={value:.5f}' for key, value in paired[kind].items())
         run.note(f'pairs type={kind} step={run.step} {shown}',
