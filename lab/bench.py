@@ -374,9 +374,9 @@ def bench_codec(env, checkpoint, path):
 
     import torch
 
-    import compress
     import runs
-    from codec import container, exact
+    from codec import container, exact, quantised, text, twopart
+    from codec.output import Output
     from configurator import UserError
     raw, rows = container.read_input(path), []
 
@@ -388,34 +388,33 @@ def bench_codec(env, checkpoint, path):
         rows.append(dict(what=what, threads=n_threads, seconds=seconds, kilobytes_per_second=len(raw) / 1000 / seconds))
         return found
 
-    def pack(name, *flags):
-        compress.configure(vars(compress), ['pack', checkpoint, path, name, f'--weight_bits={weight_bits}', *flags],
-                           verbs=compress.VERBS)
-        with container.Output(name, overwrite=True) as out:
-            _, computed = compress.pack(checkpoint, path, out, lambda text: None)
+    def pack(name, **options):
+        with Output(name, overwrite=True) as out:
+            _, computed = twopart.pack(checkpoint, path, out, twopart.Packing(weight_bits=weight_bits, **options))
             out.commit()
         return container.read_input(name), computed
 
     def unpack(n):
-        compress.main(['unpack', one, made, '-f', f'--threads={n}', '--no-progress'])
-        if container.read_input(made) != raw:
+        archive = container.open_archive(one)
+        if b''.join(twopart.decode_blocks(archive, 'unpack', twopart.Unpacking(threads=n))) != raw:
             raise UserError(f'the archive decodes to other bytes with {n} threads')
 
     with tempfile.TemporaryDirectory() as folder:
-        one, two, made = (os.path.join(folder, name) for name in ('1', '2', 'made'))
-        data, computed = timed('pack --no-verify', 1, lambda: pack(one, '--no-progress', '--threads=1'))
-        if timed('pack --no-verify', 2, lambda: pack(two, '--no-progress', '--threads=2'))[0] != data:
+        one, two = (os.path.join(folder, name) for name in ('1', '2'))
+        data, computed = timed('pack --no-verify', 1, lambda: pack(one, threads=1))
+        if timed('pack --no-verify', 2, lambda: pack(two, threads=2))[0] != data:
             raise UserError('archives made with 1 and with 2 threads differ')
         for n in (1, 2):
             timed('unpack', n, lambda n=n: unpack(n))
-        single = container.read_archive(pack(two, '--no-progress', '--streams=1')[0], two)[3]
+        single = container.read_archive(pack(two, streams=1)[0], two)[3]
     _, head, _, sections = container.read_archive(data, path)
     model, _ = runs.load_model(checkpoint)
-    ids, _ = container.tokenize(raw, head['tokenizer'])
-    x, y = compress.sample(ids, head['start_id'], head['args']['block_size'], 32)
+    ids, _ = text.tokenize(raw, head['tokenizer'])
+    rows_of_file = quantised.rows_of(ids, head['start_id'], head['args']['block_size'], 32)
+    x, y = rows_of_file
     fp32, integer = (bits / y.size for bits in (
-        compress.float_bits(model.eval(), x, y).sum() * len(x),
-        exact.code_length_bits(compress.load_model(head, sections), x, y)))
+        quantised.float_bits(model.eval(), rows_of_file).sum() * len(x),
+        exact.code_length_bits(quantised.load_model(head, sections), x, y)))
     nonzero = sum(int(torch.count_nonzero(p)) for p in model.parameters())
     print(runs.markdown([dict(what=k, value=v) for k, v in dict(
         n_params=sum(p.numel() for p in model.parameters()), nonzeros=nonzero, context=head['args']['block_size'],

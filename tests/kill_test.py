@@ -42,7 +42,8 @@ N_STEPS = 600
 SHORT = ('--device=cpu', '--dtype=float32', '--dataset=toy', '--max_iters=200', '--batch_size=8', '--log_interval=1')
 ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--online_window=32', '--online_streams=4',
           '--online_block=32', '--online_updates=2', '--online_rows=2', '--no-verify', '--no-progress')
-COMPRESS = 'import configurator, compress, online; online.SEGMENT_SYMBOLS = 1000; configurator.run(compress.main)'
+COMPRESS = ('import runpy; from codec import online; online.SEGMENT_SYMBOLS = 1000; '
+            f"runpy.run_path({os.path.join(ROOT, 'compress.py')!r}, run_name='__main__')")
 LIMIT_SECONDS = 120             # of one launch
 MOMENTS = ('step', 'save', 'resume', 'start')
 # init_from, what was resumed, times, the working tree

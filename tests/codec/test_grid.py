@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import run_here
 from test_train import THREE_PHASES, assert_resumes, stop_at
 
-import compress
 import score
 from codec import weights
 from codec.grid import Grid, choose_codes
@@ -121,7 +121,7 @@ def test_the_archive_holds_the_model_that_was_trained(train_tiny, tmp_path, toy)
     run, archive = tmp_path / 'run', tmp_path / 'toy.mdl'
     checkpoint = load_checkpoint(run)
     text = os.path.join(toy, 'toy', 'train.bin')
-    assert compress.main(['pack', str(run), text, str(archive), '--no-verify', '--no-progress']) == 0
+    assert run_here('compress.py', 'pack', run, text, archive, '--no-verify', '--no-progress') == 0
     from codec.container import read_archive
     sections = read_archive(archive.read_bytes(), str(archive))[3]
     args = checkpoint['model_args']
