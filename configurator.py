@@ -150,13 +150,27 @@ def unknown(name, defaults, where):
     return UserError(f'{where}: unknown knob {name!r}; {hint}')
 
 
+def name_today(path):
+    """Return what docs/names.md calls a config file of an earlier version today, '' where it says nothing."""
+    old = f'`config/{os.path.basename(path)}`'
+    table = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'docs', 'names.md')
+    try:
+        with open(table, encoding='utf-8') as f:
+            rows = [[cell.strip() for cell in line.split('|')] for line in f if line.startswith('|')]
+    except OSError:
+        return ''
+    return ''.join(row[2].strip('`') for row in rows if row[1] == old)
+
+
 def run_config_file(path, values, defaults):
     """Execute one config file over the current values and return the new values."""
     try:
         with open(path, encoding='utf-8') as f:
             code = compile(f.read(), path, 'exec')
     except FileNotFoundError:
-        raise UserError(f'config file {path!r} does not exist; shipped ones are in config/') from None
+        now = name_today(path)
+        hint = f'it is now {now}' if now else 'shipped ones are in config/'
+        raise UserError(f'config file {path!r} does not exist; {hint}') from None
     except SyntaxError as e:
         raise UserError(f'{path}:{e.lineno}: not valid Python: {e.msg}') from None
     except ValueError as e:                     # not UTF-8, or a null byte
