@@ -19,14 +19,14 @@ DEMO := out/sample_pmmp
 demo: .venv/run
 	$(PY) prepare_sample.py
 	$(PY) train.py config/sample_pmmp.py --overwrite
-	$(PY) eval.py --from_ckpt=$(DEMO) --split=test --description_length --overwrite
+	$(PY) eval.py --from_ckpt=$(DEMO) --split=test --description_length
 	$(PY) plots.py $(DEMO) --plot_dir=out/plots
 	head -c 32768 data/sample/test.bin > out/demo.txt
 	$(PY) compress.py pack $(DEMO)/ckpt.pt out/demo.txt out/demo.two-part --weight_bits=6 --overwrite
 	$(PY) compress.py unpack out/demo.two-part out/demo.decoded --overwrite && cmp out/demo.txt out/demo.decoded
 	$(PY) compress.py online out/demo.txt out/demo.online --no-verify --overwrite
 	$(PY) compress.py unpack out/demo.online out/demo.decoded --overwrite && cmp out/demo.txt out/demo.decoded
-	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --online_archives=out/demo.online --baselines --overwrite
+	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --online_archives=out/demo.online --baselines
 	$(PY) runs.py
 
 test: .venv/dev

@@ -188,10 +188,10 @@ def pack(checkpoint_path, path, out, say):
         tensors, sections['wght'], x, position_bits = choose_weights(build(args).eval(), checkpoint, ids, start_id, say)
         torch.set_num_threads(threads or before)
         tensors = weights.with_scales(tensors)
-        sites, wide = weights.fit_sites(args, tensors, x[:16])
+        sites, wide = exact.fit_sites(args, tensors, x[:16])
         model = exact.Exact(args, tensors, sites, wide, device)
-        weights.observe(model, x[:16])
-        say(f'integer model: {100 * model.clamped[0] / model.clamped[1]:.4f} % of activations clamped, '
+        statistics = exact.observe(model, x[:16])
+        say(f'integer model: {100 * statistics.n_clamped / statistics.n_rounded:.4f} % of activations clamped, '
             f'{sum(wide)} of {len(wide)} products in float64')
         n_streams = streams or choose_streams(len(ids), position_bits, args, kept)
         coded_head = dict(args=args, start_id=start_id, tokenizer=name, streams=n_streams, keep=kept, sites=sites,

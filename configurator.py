@@ -218,12 +218,13 @@ def split_paths(argv, count, command):
     return paths, rest
 
 
-def configure(namespace, argv=None, verbs=None, fields_of=''):
+def configure(namespace, argv=None, verbs=None, fields_of='', rules=None):
     """Set a script's knobs from argv and return them as a dict; with verbs, return (verb, paths, dict).
 
     namespace: globals() of the script. argv: list of str; by default the command line where the script is the program,
     and nothing where it is imported. verbs: {verb: number of paths, or what else split_paths takes}. fields_of: a
-    dataclass whose fields are knobs too, found in the source by knobs_of. Defaults are read from the source, so a
+    dataclass whose fields are knobs too, found in the source by knobs_of. rules(knobs as attributes) gives what require
+    checks right after, before anything heavy is imported. Defaults are read from the source, so a
     second call in one process starts afresh. Raises UserError; --help exits 0.
     """
     if argv is None and namespace.get('__name__', '__main__') != '__main__':
@@ -274,6 +275,8 @@ def configure(namespace, argv=None, verbs=None, fields_of=''):
         else:
             raise unknown(name, defaults, 'command line')
     namespace.update(values)
+    if rules:
+        require(*rules(types.SimpleNamespace(**values)))
     return (verb, paths, values) if verbs else values
 
 

@@ -24,12 +24,12 @@ import hashlib
 import itertools
 import math
 import os
-import shutil
-import subprocess
-import tempfile
+import sys
 import time
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-from configurator import UserError, at_least, configure, one_of, require, run
+from configurator import UserError, at_least, configure, names_in, one_of, require
 
 # -----------------------------------------------------------------------------
 from_ckpt = ''                  # run folders, files, Hugging Face folders, hub ids, by commas; '' = compressors only
@@ -54,10 +54,23 @@ bootstrap = 1000                # resamples of documents for the 95 % interval o
 baselines = False               # compressors on the same bytes
 baseline_timeout = 600.0        # seconds for each external compressor
 out = 'out'                     # where eval-HASH goes
-overwrite = False               # score again what eval-HASH holds already from the same commit
 device = 'auto'
 dtype = 'auto'                  # 'float32' for the last digit; 'auto' is bfloat16 where the GPU has it
 # -----------------------------------------------------------------------------
+
+config = configure(globals())
+
+import score
+import sparse
+from codec.compressors import absent, baseline_rows
+from codec.container import read_archive
+from corpus.data import open_pairs, open_split
+from corpus.mixture import parse_mix
+from corpus.objectives import with_objective
+from training.checkpoint import load_checkpoint, load_model, parent_of
+from training.folder import RunRecord, read_run
+from training.process import Env
+from training.table import markdown, write_csv
 
 METRICS = dict(ce='loss_nats embedding_nats loss_low loss_high', bpb='bits_per_byte',
                ppl='perplexity perplexity_per_word', hamming='accuracy', information='information',
@@ -67,341 +80,360 @@ SHOWN = (f'run data tokens {" ".join(METRICS.values())} '
 SHOWN_PAIRS = ('run data type pieces documents tokens with_nats without_nats difference_nats difference_low '
                'difference_high with_bits_per_byte without_bits_per_byte with_perplexity without_perplexity true_wins '
                'seconds').split()
-PIECE = 1 << 20                 # bytes given to a compressor at a time
 
 
-def listed(text):
-    return [part.strip() for part in text.split(',') if part.strip()]
+# --- knobs ---
 
-
-# --- compressors ---
-
-class Brotli:
-    """Give brotli's compressor the method names of the others."""
-
-    def __init__(self, brotli):
-        stream = brotli.Compressor(quality=11, lgwin=24)
-        self.compress, self.flush = stream.process, stream.finish
-
-
-def streams():
-    """Return {name: make}; make(n_bytes) gives a fresh compressor object with compress(bytes) and flush()."""
-    import bz2
-    import lzma
-    import zlib
-
-    def xz(n):
-        """Make an xz -9e whose dictionary is no larger than the text: clearing 64 MiB for each block took 40 ms."""
-        size = min(max(n, 4096), 64 << 20)
-        return lzma.LZMACompressor(filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, dict_size=size)])
-
-    found = {'gzip -9': lambda n: zlib.compressobj(9, zlib.DEFLATED, 31), 'bzip2 -9': lambda n: bz2.BZ2Compressor(9),
-             'xz -9e': xz}
-    try:
-        import zstandard as zstd
-
-        def long_range(n):
-            options = zstd.ZstdCompressionParameters.from_level(22, source_size=n, window_log=27, enable_ldm=True)
-            return zstd.ZstdCompressor(compression_params=options).compressobj(size=n)
-
-        found['zstd -19'] = lambda n: zstd.ZstdCompressor(level=19).compressobj(size=n)
-        found['zstd --ultra -22 --long=27'] = long_range
-    except ImportError:
-        pass
-    try:
-        import brotli
-        found['brotli -q 11'] = lambda n: Brotli(brotli)
-    except ImportError:
-        pass
-    return found
-
-
-def tools(n_bytes):
-    """Return {name: command} of the external compressors on PATH; FILE and OUT in a command stand for the paths."""
-    block_mib = min(511, max(1, -(-n_bytes >> 20)))                     # bzip3: one block if it can hold the file
-    known = (('bzip3', ('bzip3',), f'-e -b {block_mib} FILE OUT'),
-             ('7z PPMd', ('7zz', '7z', '7za'), 'a -bd -y -mx=9 -m0=PPMd OUT.7z FILE'),
-             ('zpaq -m5', ('zpaq',), 'add OUT.zpaq FILE -m5'))
-    here = ((name, next(filter(None, map(shutil.which, programs)), ''), rest) for name, programs, rest in known)
-    return {name: [path, *rest.split()] for name, path, rest in here if path}
-
-
-def stream_bytes(make, data, block=0, progress=''):
-    """Return the compressed size of a byte array: whole, or the sum over pieces of `block` bytes, each on its own."""
-    from tqdm import tqdm
-    step, total, stream = block or PIECE, 0, None
-    for i in tqdm(range(0, max(len(data), 1), step), progress, leave=False, disable=not progress):
-        piece = data[i:i + step].tobytes()
-        stream = stream or make(len(piece) if block else len(data))
-        total += len(stream.compress(piece))
-        if block or i + step >= len(data):
-            total += len(stream.flush())
-            stream = None
-    return total
-
-
-def tool_bytes(command, data, timeout):
-    """Return the size of what an external compressor makes of a byte array; UserError if it fails or takes too long."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, packed = os.path.join(folder, 'text'), os.path.join(folder, 'packed')
-        with open(source, 'wb') as f:
-            for i in range(0, len(data), PIECE):
-                f.write(data[i:i + PIECE].tobytes())
-        command = [command[0], *(part.replace('OUT', packed).replace('FILE', source) for part in command[1:])]
-        try:
-            subprocess.run(command, check=True, timeout=timeout, capture_output=True, stdin=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            raise UserError(f'stopped after {timeout:g} s; give it more with --baseline_timeout=') from None
-        except (OSError, subprocess.CalledProcessError) as e:
-            raise UserError(f'failed: {e}') from None
-        made = [os.path.join(folder, name) for name in os.listdir(folder) if name.startswith('packed')]
-        if not made:
-            raise UserError('ended well but left no output')
-        return os.path.getsize(made[0])
-
-
-def baseline_rows(data, blocks):
-    """Run every compressor on one byte-level split, the whole file, then per block of each size; yield table rows."""
-    n = data.n_tokens
-    jobs = [(name, 0, lambda make=make, name=name: stream_bytes(make, data.tokens, 0, name))
-            for name, make in streams().items()]
-    jobs += [(name, 0, lambda command=command: tool_bytes(command, data.tokens, baseline_timeout))
-             for name, command in tools(n).items()]
-    jobs += [(f'{name}, each {block} bytes alone', block,
-              lambda make=make, name=name, block=block: stream_bytes(make, data.tokens, block, f'{name}, per block'))
-             for block in blocks for name, make in streams().items()]
-    for name, block, job in jobs:
-        started = time.time()
-        try:
-            size = job()
-        except UserError as e:
-            print(f'{name} on {data.name}/{data.split}: {e}')
-            continue
-        row = dict(run=name, data=f'{data.name}/{data.split}', dataset=data.name, split=data.split, tokens=n,
-                   text_bytes=n, data_bytes=size, bits_per_byte=8 * size / max(n, 1),
-                   seconds=round(time.time() - started, 2))
-        yield dict(row, per_block=block) if block else dict(row, archive_bytes=size)
-
-
-# --- models ---
-
-def name_of(path):
-    """Short name of a checkpoint: its run folder's, with the file's where that is not ckpt.pt."""
-    folder, file = (path, 'ckpt.pt') if os.path.isdir(path) else os.path.split(path)
-    folder = os.path.basename(os.path.abspath(folder))
-    return folder if file == 'ckpt.pt' else f'{folder}/{file.removesuffix(".pt")}'
-
-
-def context_of(length):
-    """Tokens that every scored one sees before it in rows of a length; length - stride + 1 with windows by stride."""
-    return length - stride + 1 if stride else minimal_context_window
-
-
-def own_sets(checkpoint):
-    """Names of the data sets that a checkpoint was trained on: the sources of a mixture, none where it does not say."""
-    from corpus.mixture import parse_mix
-    return list(parse_mix(checkpoint['data']['dataset'])) if checkpoint['data']['dataset'] else []
-
-
-def check_fit(path, checkpoint, data, length=0):
-    """Raise UserError where a checkpoint cannot score a data set under these knobs."""
-    tokenizer, args = checkpoint['data']['tokenizer'], checkpoint['model_args']
-    length, longest = length or block_size or args['block_size'], args['block_size']
-    require((tokenizer == data.tokenizer and data.vocab_size <= args['vocab_size'],
-             f"{path} reads {tokenizer!r} tokens with a vocabulary of {args['vocab_size']}, data set {data.name!r}"
-             f' holds {data.tokenizer!r} tokens with {data.vocab_size}; prepare the text with the tokenizer of the'
-             ' checkpoint'),
-            (length <= longest, f'rows have {length} tokens, {path} was built for at most {longest}'),
-            (stride <= length, f'stride = {stride}, expected at most {length}, the rows of {path}'),
-            (minimal_context_window <= length,
-             f'minimal_context_window = {minimal_context_window}, expected at most {length}, the rows of {path}'),
-            (first_token == 'score' or length > 1, 'first_token = skip needs a block_size of at least 2'))
-
-
-def read_archive_facts(path):
-    """Return what an archive on disk is: its path, its size, and the size and SHA-256 of the text that it holds."""
-    from codec.container import read_archive
-    with open(path, 'rb') as f:
-        head = read_archive(f.read(), path)[1]
-    return dict(path=path, size=os.path.getsize(path), text_bytes=head['bytes'], sha256=head['sha256'])
-
-
-def holds(packed, data):
-    """Say whether an archive is of the very text of a split; ids have another hash than their text, there sizes do."""
-    if data.tokenizer == 'byte':
-        return packed['text_bytes'] == data.n_tokens and packed['sha256'] == hashlib.sha256(data.tokens).hexdigest()
-    return packed['text_bytes'] == data.text_bytes
-
-
-def known_bytes(path, data, own, packed):
-    """Return what is known beside the losses: the size of an archive of this very text, the run's online length."""
-    import runs
-    facts, found = runs.read_run(path if os.path.isdir(path) else os.path.dirname(path) or '.'), {}
-    if packed:
-        if holds(packed, data):
-            found['archive_bytes'] = packed['size']
-        else:
-            print(f'{packed["path"]} holds another text than {data.name}/{data.split}: left out of its row')
-    if own and data.split == 'train' and facts.get('online_description_length_bytes') and not max_tokens:
-        found['online_bytes'] = facts['online_description_length_bytes']
-    return found
-
-
-def model_rows(path, bins, packed, env):
-    """Score one checkpoint on every data set of bins {(set, split): Bin} that is meant for it; yield table rows."""
-    import runs
-    import score
-    import sparse
-    from corpus.objectives import with_objective
-    model, checkpoint = runs.load_model(path, env.device)
-    sizes, length = sparse.model_sizes(model.parameters()), block_size or model.config.block_size
-    for (name, part), data in bins.items():
-        own = name in own_sets(checkpoint)
-        if not (own or dataset):
-            continue
-        raw, objective = data, (checkpoint['config'].get('objective', 'clm'), model.config.wrapper)
-        data = with_objective(raw, *objective)
-        started, units = time.time(), score.Units(data) if bootstrap else None
-        found = score.evaluate(model, data, length, batch_size or score.rows_per_forward(length), env,
-                               context_of(length), progress=f'{name_of(path)} on {name}/{part}',
-                               skip_first=first_token == 'skip', units=units)
-        found.update(units.interval(bootstrap, env) if units else {})
-        if 'random_tokens' in listed(metrics):
-            chance = score.evaluate(model, with_objective(score.random_like(raw, random_seed), *objective), length,
-                                    batch_size or score.rows_per_forward(length), env, context_of(length),
-                                    skip_first=first_token == 'skip')
-            found.update({key: chance[key.removeprefix('random_')] for key in METRICS['random_tokens'].split()})
-        if words := data.count_words() * found['tokens'] / max(data.n_tokens, 1):
-            found['perplexity_per_word'] = math.exp(min(found['loss_nats'] * found['tokens'] / words, 700))
-        found['data_bytes'] = round(found['data_bytes'])
-        c = model.config
-        if c.wrapper == 'autoencoder' or c.wrapper == 'oracle' and c.memory != 'none':
-            found['embedding_nats'] = score.embedding_nats(c.bottleneck or c.n_embd, embedding_bits, length)
-        totals = {f'{form}_total_bytes': found['data_bytes'] + sizes[f'{form}_bytes']
-                  for form in ('raw', 'nnz4', 'bits_est')}
-        yield dict(run=name_of(path), data=f'{name}/{part}', dataset=name, split=part, from_ckpt=path,
-                   sha256=data.sha256, seq_length=length, **found, **sizes, **totals,
-                   **known_bytes(path, data, own, packed), seconds=round(time.time() - started, 2))
-
-
-def pair_rows(path, sets, env):
-    """Score one checkpoint on the paired rows of sets {name: {type: arms}}; yield a row per type, pieces and set."""
-    import pairs as paired
-    import runs
-    import score
-    model, _ = runs.load_model(path, env.device)
-    for name, types in sets.items():
-        for t, arms in types.items():
-            started, length = time.time(), arms['with'].row_length
-            for found in paired.evaluate(model, arms, batch_size or score.rows_per_forward(length), env, bootstrap,
-                                         progress=f'{name_of(path)} on {name}, {t}'):
-                yield dict(run=name_of(path), data=name, type=t, from_ckpt=path, seq_length=length, **found,
-                           seconds=round(time.time() - started, 2))
-
-
-def main(argv=None):
-    config = configure(globals(), argv)
-    config.pop('overwrite')
-    paths, sets, splits, archives = listed(from_ckpt), listed(dataset), listed(split), listed(archive)
-    online = listed(online_archives)
-    splits += ['train'] if description_length and 'train' not in splits else []
-    require((paths or baselines and sets, 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN, or --baselines'
-             ' with a --dataset'), (splits, 'split is empty; write --split=test'),
-            one_of('first_token', first_token, ('score', 'skip')), (listed(metrics), 'metrics is empty; name some of'
-            f' {", ".join(METRICS)}'), *(one_of('metrics', name, tuple(METRICS)) for name in listed(metrics)),
-            *(at_least(k, globals()[k], 0)
-              for k in ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window', 'stride', 'bootstrap')),
-            (first_token == 'score' or not (minimal_context_window or stride),
+def check_knobs(k):
+    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
+    paths = names_in(k.from_ckpt)
+    archives = names_in(k.archive)
+    wanted = names_in(k.metrics)
+    counts = ('max_tokens', 'block_size', 'batch_size', 'minimal_context_window', 'stride', 'bootstrap')
+    by_windows = k.minimal_context_window or k.stride
+    two_ways = k.minimal_context_window and k.stride
+    require((paths or k.baselines and names_in(k.dataset), 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN,'
+             ' or --baselines with a --dataset'),
+            (splits_of(k), 'split is empty; write --split=test'),
+            one_of('first_token', k.first_token, ('score', 'skip')),
+            (wanted, f'metrics is empty; name some of {", ".join(METRICS)}'),
+            *(one_of('metrics', name, tuple(METRICS)) for name in wanted),
+            *(at_least(name, vars(k)[name], 0) for name in counts),
+            (k.first_token == 'score' or not by_windows,
              'first_token = skip cuts blocks side by side; drop minimal_context_window and stride'),
-            (not (stride and minimal_context_window), f'stride = {stride} and minimal_context_window ='
-             f' {minimal_context_window} say the same in two ways; drop one'),
+            (not two_ways, f'stride = {k.stride} and minimal_context_window = {k.minimal_context_window} say the same'
+             ' in two ways; drop one'),
             (len(archives) in (0, len(paths)),
              f'archive names {len(archives)} files for {len(paths)} checkpoints, expected one each'),
             *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py pack CKPT FILE {p}')
               for p in archives),
             *((os.path.exists(p), f'no archive at {p!r}; make it with python compress.py online FILE {p}')
-              for p in online))
-    import runs
-    from corpus.data import open_pairs, open_split
-    env = runs.Env(device, dtype)
+              for p in names_in(k.online_archives)))
 
-    # every input is opened and checked before the first is scored
-    bins = {(name, part): open_split(data_dir, name, part, verify).head(max_tokens)
-            for name in sets for part in splits}
-    pair_sets = {name: open_pairs(data_dir, name, verify) for name in listed(pairs)}
-    arms_of_all = [rows for types in pair_sets.values() for arms in types.values() for rows in arms.values()]
-    parents, blocks, packed = [], {block_size} - {0}, [read_archive_facts(p) for p in archives]
-    for path in paths:
-        checkpoint = runs.load_checkpoint(path)
-        own = own_sets(checkpoint)
-        require((own or sets or pair_sets, f'{path} names no data set; give one, --dataset=NAME'))
-        for name, part in () if sets or pair_sets else itertools.product(own, splits):
-            if (name, part) not in bins:
-                bins[name, part] = open_split(data_dir, name, part, verify).head(max_tokens)
-        for (name, _), data in bins.items():
-            if sets or name in own:
-                check_fit(path, checkpoint, data)
-        for data in arms_of_all:
-            check_fit(path, checkpoint, data, data.row_length)
-        parents.append(runs.parent_of(path))
-        blocks.add(block_size or checkpoint['model_args']['block_size'])
-    online = [(facts, next((data for data in bins.values() if holds(facts, data)), None))
-              for facts in map(read_archive_facts, online)]
-    require(*((data, f"{facts['path']} holds a text that is none of the scored splits; see python compress.py info")
-              for facts, data in online))
-    identity = sorted(config.items()), [p['sha256'] for p in parents], [
-        data.sha256 for data in (*bins.values(), *arms_of_all)]
-    folder = os.path.join(out, f'eval-{hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()}')
-    table_path, before, commit = os.path.join(folder, 'table.md'), runs.read_run(folder), runs.commit_id()
-    if before.get('status') == 'done' and before['commit'] == commit and commit and not commit.endswith('-dirty') \
-            and os.path.exists(table_path) and not overwrite:
-        if env.main:
-            with open(table_path, encoding='utf-8') as f:
-                print(f'{f.read()}from {folder}, scored at {before["timestamp"]}; --overwrite scores again')
-        env.close()
-        return 0
-    env.barrier()
-    if env.main:
-        os.makedirs(folder, exist_ok=True)
-    record, rows = runs.RunRecord(folder, config, env, parents=parents), []
 
-    def add(row):
+def splits_of(k):
+    """Return the names of the splits to score: those that are named, and the training split for a two-part length."""
+    splits = names_in(k.split)
+    if k.description_length and 'train' not in splits:
+        splits.append('train')
+    return splits
+
+
+def context_of(length, k):
+    """Tokens that every scored one sees before it in rows of a length; length - stride + 1 with windows by stride."""
+    if k.stride:
+        return length - k.stride + 1
+    return k.minimal_context_window
+
+
+# --- checkpoints and what they are scored on ---
+
+def name_of(path):
+    """Short name of a checkpoint: its run folder's, with the file's where that is not ckpt.pt."""
+    folder = path
+    file = 'ckpt.pt'
+    if not os.path.isdir(path):
+        folder, file = os.path.split(path)
+    folder = os.path.basename(os.path.abspath(folder))
+    return folder if file == 'ckpt.pt' else f'{folder}/{file.removesuffix(".pt")}'
+
+
+def own_sets(checkpoint):
+    """Names of the data sets that a checkpoint was trained on: the sources of a mixture, none where it does not say."""
+    trained_on = checkpoint['data']['dataset']
+    return list(parse_mix(trained_on)) if trained_on else []
+
+
+def meant_for(checkpoint, name, k):
+    """Say whether a data set is scored with a checkpoint: every one that --dataset names, else those of the run."""
+    return bool(k.dataset) or name in own_sets(checkpoint)
+
+
+def check_fit(path, checkpoint, data, k, length=0):
+    """Raise UserError where a checkpoint cannot score a data set under these knobs; length: of rows that are fixed."""
+    tokenizer = checkpoint['data']['tokenizer']
+    vocab_size = checkpoint['model_args']['vocab_size']
+    longest = checkpoint['model_args']['block_size']
+    length = length or k.block_size or longest
+    context = k.minimal_context_window
+    same_tokens = tokenizer == data.tokenizer and data.vocab_size <= vocab_size
+    require((same_tokens,
+             f'{path} reads {tokenizer!r} tokens with a vocabulary of {vocab_size}, data set {data.name!r}'
+             f' holds {data.tokenizer!r} tokens with {data.vocab_size}; prepare the text with the tokenizer of the'
+             ' checkpoint'),
+            (length <= longest, f'rows have {length} tokens, {path} was built for at most {longest}'),
+            (k.stride <= length, f'stride = {k.stride}, expected at most {length}, the rows of {path}'),
+            (context <= length,
+             f'minimal_context_window = {context}, expected at most {length}, the rows of {path}'),
+            (k.first_token == 'score' or length > 1, 'first_token = skip needs a block_size of at least 2'))
+
+
+@dataclass
+class Archive:
+    """An archive on disk: its size, and the size and SHA-256 of the text that it holds."""
+    path: str
+    size: int
+    text_bytes: int
+    sha256: str
+
+    def holds(self, data):
+        """Say whether this is the very text of a split; ids have another hash than their text, there sizes do."""
+        if data.tokenizer != 'byte':
+            return self.text_bytes == data.text_bytes
+        return self.text_bytes == data.n_tokens and self.sha256 == hashlib.sha256(data.tokens).hexdigest()
+
+
+def open_archive(path):
+    """Read the head of an archive; UserError where it is none."""
+    with open(path, 'rb') as f:
+        head = read_archive(f.read(), path)[1]
+    return Archive(path, os.path.getsize(path), head['bytes'], head['sha256'])
+
+
+# --- rows of the table ---
+
+def known_bytes(path, data, own, archive, k):
+    """Return what is known beside the losses: the size of an archive of this very text, the run's online length.
+
+    own: is the set one that the checkpoint at path was trained on? archive: an Archive, or None.
+    """
+    known = {}
+    if archive and archive.holds(data):
+        known['archive_bytes'] = archive.size
+    elif archive:
+        print(f'{archive.path} holds another text than {data.name}/{data.split}: left out of its row')
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    online = read_run(folder or '.').get('online_description_length_bytes')
+    whole_split = data.split == 'train' and not k.max_tokens
+    if own and whole_split and online:
+        known['online_bytes'] = online
+    return known
+
+
+def losses_on(model, checkpoint, split, label, length, env, k):
+    """Return what score.evaluate says of a model on one split (bins.Bin), in rows of a length, and what follows of it.
+
+    label: of the progress bar.
+    """
+    objective = checkpoint['config'].get('objective', 'clm')
+    data = with_objective(split, objective, model.config.wrapper)
+    rows = k.batch_size or score.rows_per_forward(length)
+    context = context_of(length, k)
+    skip_first = k.first_token == 'skip'
+    units = score.Units(data) if k.bootstrap else None
+    losses = score.evaluate(model, data, length, rows, env, context, progress=label, skip_first=skip_first, units=units)
+    if units:
+        losses.update(units.interval(k.bootstrap, env))
+
+    # The control: the same on tokens without any structure.
+    if 'random_tokens' in names_in(k.metrics):
+        noise = with_objective(score.random_like(split, k.random_seed), objective, model.config.wrapper)
+        chance = score.evaluate(model, noise, length, rows, env, context, skip_first=skip_first)
+        for column in METRICS['random_tokens'].split():
+            losses[column] = chance[column.removeprefix('random_')]
+
+    # Words are counted over the whole split; the scored tokens hold their share.
+    n_words = data.count_words() * losses['tokens'] / max(data.n_tokens, 1)
+    if n_words:
+        nats_per_word = losses['loss_nats'] * losses['tokens'] / n_words
+        losses['perplexity_per_word'] = math.exp(min(nats_per_word, 700))
+    losses['data_bytes'] = round(losses['data_bytes'])
+    if sees_a_vector(model.config):
+        n_numbers = model.config.bottleneck or model.config.n_embd
+        losses['embedding_nats'] = score.embedding_nats(n_numbers, k.embedding_bits, length)
+    return losses
+
+
+def sees_a_vector(config):
+    """Say whether a model's decoder is given a vector of the very tokens that it predicts."""
+    return config.wrapper == 'autoencoder' or config.wrapper == 'oracle' and config.memory != 'none'
+
+
+def model_rows(path, bins, archive, env, k):
+    """Score one checkpoint on every data set of bins {(set, split): Bin} that is meant for it; yield table rows.
+
+    archive: the Archive that was packed with it, or None.
+    """
+    model, checkpoint = load_model(path, env.device)
+    sizes = sparse.model_sizes(model.parameters())
+    length = k.block_size or model.config.block_size
+    for (name, split_name), data in bins.items():
+        if not meant_for(checkpoint, name, k):
+            continue
+        started = time.time()
+        where = f'{name}/{split_name}'
+        losses = losses_on(model, checkpoint, data, f'{name_of(path)} on {where}', length, env, k)
+        totals = {}
+        for form in ('raw', 'nnz4', 'bits_est'):
+            totals[f'{form}_total_bytes'] = losses['data_bytes'] + sizes[f'{form}_bytes']
+        own = name in own_sets(checkpoint)
+        yield dict(run=name_of(path), data=where, dataset=name, split=split_name, from_ckpt=path, sha256=data.sha256,
+                   seq_length=length, **losses, **sizes, **totals, **known_bytes(path, data, own, archive, k),
+                   seconds=round(time.time() - started, 2))
+
+
+def pair_rows(path, pair_sets, env, k):
+    """Score one checkpoint on paired rows {set: {type: arms}}; yield a table row per set, type and pieces."""
+    model, _ = load_model(path, env.device)
+    for name, types in pair_sets.items():
+        for kind, arms in types.items():
+            started = time.time()
+            length = arms['with'].row_length
+            rows = k.batch_size or score.rows_per_forward(length)
+            label = f'{name_of(path)} on {name}, {kind}'
+            for numbers in score.evaluate_pairs(model, arms, rows, env, k.bootstrap, progress=label):
+                yield dict(run=name_of(path), data=name, type=kind, from_ckpt=path, seq_length=length, **numbers,
+                           seconds=round(time.time() - started, 2))
+
+
+def online_row(archive, data):
+    """Return the table row of a text that an untrained model learned as it coded it, beside the split it is."""
+    n_bytes = archive.text_bytes
+    return dict(run=f'online {os.path.basename(archive.path)}', data=f'{data.name}/{data.split}', text_bytes=n_bytes,
+                tokens=n_bytes, bits_per_byte=8 * archive.size / max(n_bytes, 1), archive_bytes=archive.size)
+
+
+def compressor_rows(bins, blocks, timeout):
+    """Run the compressors on every split that is a text, whole and in blocks of each size; yield table rows."""
+    for data in bins.values():
+        if data.tokenizer != 'byte' or data.row_length:
+            print(f'no baselines on {data.name}/{data.split}: its .bin holds {data.tokenizer} ids, not the text')
+            continue
+        yield from baseline_rows(data, sorted(blocks), timeout)
+    print(f'compressors not here: {", ".join(absent()) or "none"}')
+
+
+def keep(new, rows, record):
+    """Append rows to the table as they come; run.json has every row that is there."""
+    for row in new:
         rows.append(row)
         record.update(rows=rows)
 
-    for i, path in enumerate(paths):
-        for row in model_rows(path, bins, packed[i] if packed else {}, env):
-            add(row)
-        if pair_sets:
-            for row in pair_rows(path, pair_sets, env):
-                add(row)
-    env.close()
-    if not env.main:
-        return 0
-    for facts, data in online:
-        n = facts['text_bytes']
-        add(dict(run=f"online {os.path.basename(facts['path'])}", data=f'{data.name}/{data.split}', text_bytes=n,
-                 tokens=n, bits_per_byte=8 * facts['size'] / max(n, 1), archive_bytes=facts['size']))
-    if baselines:
-        for data in bins.values():
-            if data.tokenizer != 'byte' or data.row_length:
-                print(f'no baselines on {data.name}/{data.split}: its .bin holds {data.tokenizer} ids, not the text')
-                continue
-            for row in baseline_rows(data, sorted(blocks)):
-                add(row)
-        absent = {'zstd -19', 'brotli -q 11', 'bzip3', '7z PPMd', 'zpaq -m5'} - set(streams()) - set(tools(0))
-        print(f'compressors not here: {", ".join(sorted(absent)) or "none"}')
-    both = [(SHOWN, [r for r in rows if 'pieces' not in r]), (SHOWN_PAIRS, [r for r in rows if 'pieces' in r])]
-    hidden = {column for name in METRICS if name not in listed(metrics) for column in METRICS[name].split()}
-    table = '\n'.join(runs.markdown(some, [c for c in shown if c not in hidden and any(c in r for r in some)])
-                      for shown, some in both if some)
-    with open(table_path, 'w', encoding='utf-8') as f:
-        f.write(table + '\n')
-    runs.write_csv(os.path.join(folder, 'table.csv'), rows)
-    record.update(status='done')
-    print(f'{table}\nwrote {folder}')
-    return 0
+
+def table_of(rows, wanted):
+    """Format the rows as markdown, with a table of its own for pairs; columns of metrics that are not wanted go."""
+    hidden = set()
+    for name, columns in METRICS.items():
+        if name not in wanted:
+            hidden.update(columns.split())
+    whole = [row for row in rows if 'pieces' not in row]
+    paired = [row for row in rows if 'pieces' in row]
+    tables = []
+    for some, order in ((whole, SHOWN), (paired, SHOWN_PAIRS)):
+        columns = [c for c in order if c not in hidden and any(c in row for row in some)]
+        if some:
+            tables.append(markdown(some, columns))
+    return '\n'.join(tables)
+
+
+# --- inputs ---
+
+@dataclass
+class Inputs:
+    """What is scored. bins: {(set, split): Bin}. pair_sets: {set: {type: {arm: Rows}}}. blocks: lengths of rows."""
+    bins: dict
+    pair_sets: dict
+    blocks: set
+
+    def arms(self):
+        """Return the rows of all arms of all types of all sets."""
+        arms = []
+        for types in self.pair_sets.values():
+            for of_type in types.values():
+                arms += of_type.values()
+        return arms
+
+    def open(self, name, split_name, k):
+        """Open the leading max_tokens of a split, if it is not open yet."""
+        if (name, split_name) not in self.bins:
+            data = open_split(k.data_dir, name, split_name, k.verify)
+            self.bins[name, split_name] = data.head(k.max_tokens)
+
+    def fit(self, path, k):
+        """Open a checkpoint's own sets where no other is named, and check that it can score what is meant for it."""
+        checkpoint = load_checkpoint(path)
+        own = own_sets(checkpoint)
+        named = names_in(k.dataset) or self.pair_sets
+        require((own or named, f'{path} names no data set; give one, --dataset=NAME'))
+        if not named:
+            for name, split_name in itertools.product(own, splits_of(k)):
+                self.open(name, split_name, k)
+        for (name, _), data in self.bins.items():
+            if meant_for(checkpoint, name, k):
+                check_fit(path, checkpoint, data, k)
+        for data in self.arms():
+            check_fit(path, checkpoint, data, k, data.row_length)
+        self.blocks.add(k.block_size or checkpoint['model_args']['block_size'])
+
+
+def open_inputs(k):
+    """Open and check all data sets and checkpoints; UserError before the first of them is scored."""
+    inputs = Inputs(bins={}, pair_sets={}, blocks={k.block_size} - {0})
+    for name, split_name in itertools.product(names_in(k.dataset), splits_of(k)):
+        inputs.open(name, split_name, k)
+    for name in names_in(k.pairs):
+        inputs.pair_sets[name] = open_pairs(k.data_dir, name, k.verify)
+    for path in names_in(k.from_ckpt):
+        inputs.fit(path, k)
+    return inputs
+
+
+def split_of(archive, bins):
+    """Return the first of the splits whose text an archive holds; UserError where it is none of them."""
+    for data in bins.values():
+        if archive.holds(data):
+            return data
+    raise UserError(f'{archive.path} holds a text that is none of the scored splits; see python compress.py info')
+
+
+def folder_of(k, parents, inputs):
+    """Return the folder of an evaluation: its name is a hash of the knobs, checkpoints and data."""
+    data = [*inputs.bins.values(), *inputs.arms()]
+    identity = (sorted(vars(k).items()), [parent['sha256'] for parent in parents], [d.sha256 for d in data])
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()
+    return os.path.join(k.out, f'eval-{digest}')
 
 
 if __name__ == '__main__':
-    run(main)
+    k = SimpleNamespace(**config)
+    check_knobs(k)
+    env = Env(device, dtype)
+
+    # Every input is opened and checked before the first is scored.
+    archives = [open_archive(path) for path in names_in(archive)]
+    inputs = open_inputs(k)
+    online = [open_archive(path) for path in names_in(online_archives)]
+    online_splits = [split_of(each, inputs.bins) for each in online]
+
+    # The record is written by rank 0, after all ranks have read what was there.
+    paths = names_in(from_ckpt)
+    parents = [parent_of(path) for path in paths]
+    folder = folder_of(k, parents, inputs)
+    env.barrier()
+    if env.main:
+        os.makedirs(folder, exist_ok=True)
+    record = RunRecord(folder, config, env, parents=parents)
+
+    # All ranks score the models together; the rest is for one.
+    rows = []
+    for path, packed in itertools.zip_longest(paths, archives):
+        keep(model_rows(path, inputs.bins, packed, env, k), rows, record)
+        if inputs.pair_sets:
+            keep(pair_rows(path, inputs.pair_sets, env, k), rows, record)
+    env.close()
+    if not env.main:
+        sys.exit(0)
+
+    # What is not a model: texts packed online, and other compressors.
+    for each, data in zip(online, online_splits):
+        keep([online_row(each, data)], rows, record)
+    if baselines:
+        keep(compressor_rows(inputs.bins, inputs.blocks, baseline_timeout), rows, record)
+
+    # The table, as text and with every column.
+    table = table_of(rows, names_in(metrics))
+    with open(os.path.join(folder, 'table.md'), 'w', encoding='utf-8') as f:
+        f.write(f'{table}\n')
+    write_csv(os.path.join(folder, 'table.csv'), rows)
+    record.update(status='done')
+    print(f'{table}\nwrote {folder}')

@@ -483,9 +483,10 @@ class WithEncoder(GPT):
     def new_cache(self):
         raise UserError(f'wrapper = {self.config.wrapper!r} reads whole rows and cannot generate text token by token')
 
-    def given(self, vector):
-        """The vector as the decoder sees it, (B, C)."""
-        return self.widen(vector) if self.widen else vector
+    def given(self, vector, blind=False):
+        """Return the vector as the decoder sees it, (B, C); zeros of its shape where the decoder is to be blind."""
+        seen = self.widen(vector) if self.widen else vector
+        return torch.zeros_like(seen) if blind else seen
 
 
 class Autoencoder(WithEncoder):
@@ -501,16 +502,16 @@ class Autoencoder(WithEncoder):
         self.unroll = Linear(config.n_embd // 2, config.n_embd, bias=config.bias) if config.spread == 'unroll' else None
         self.init_weights()
 
-    def decode(self, vector, y=None):
-        vector, T, C = self.given(vector), self.config.block_size, self.config.n_embd
+    def decode(self, vector, y=None, blind=False):
+        vector, T, C = self.given(vector, blind), self.config.block_size, self.config.n_embd
         h = vector[:, None].expand(-1, T, -1)
         if self.unroll:
             places = torch.arange(T, device=h.device)[:, None] + torch.arange(C // 2, device=h.device)
             h = self.unroll(vector[:, places % C])
         return self.scored(self.head(self.hidden(h)), y)
 
-    def forward(self, x, y=None):
-        return self.decode(self.encode(self.check(x)), y)
+    def forward(self, x, y=None, blind=False):
+        return self.decode(self.encode(self.check(x)), y, blind)
 
 
 class Oracle(WithEncoder):
@@ -525,11 +526,14 @@ class Oracle(WithEncoder):
         self.join = Linear(2 * config.n_embd, config.n_embd, bias=config.bias) if config.memory == 'concat' else None
         self.init_weights()
 
-    def forward(self, x, y=None):
-        h = self.embed(self.check(x)[:, :-1])
+    def forward(self, x, y=None, blind=False, whole_rows=True):
+        """blind: the memory is empty, what is it worth? whole_rows False: rows may be shorter than the model's."""
+        if whole_rows:
+            self.check(x)
+        h = self.embed(x[:, :-1])
         first = h.new_zeros(len(h), 1, h.size(-1))
         if self.encoder:
-            vector = self.given(self.encode(x))[:, None]
+            vector = self.given(self.encode(x), blind)[:, None]
             if self.config.memory == 'token':
                 first = vector.type_as(h)
             else:
@@ -551,13 +555,13 @@ class Memory(WithEncoder):
         super().__init__(config, config.chunk_size, config.chunk_size + self.n_chunks - 2)
         self.init_weights()
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None, blind=False):
         (B, _), n, L = self.check(x).shape, self.n_chunks, self.config.chunk_size
         chunks = x.reshape(B * n, L)
         h = self.embed(chunks[:, :-1])                                          # (B·n, L - 1, C)
         slots = h.new_zeros(B * n, n - 1, h.size(-1))
         if self.encoder:
-            vectors = self.given(self.encode(x[:, :-L].reshape(B * (n - 1), L))).view(B, 1, n - 1, -1)
+            vectors = self.given(self.encode(x[:, :-L].reshape(B * (n - 1), L)), blind).view(B, 1, n - 1, -1)
             past = torch.ones(n, n - 1, dtype=torch.bool, device=x.device).tril(-1)
             slots = (vectors * past[None, :, :, None]).flatten(0, 1).type_as(h)
         logits = self.head(self.hidden(torch.cat((slots, h), 1))[:, n - 2:])    # from the last slot on

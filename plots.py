@@ -16,8 +16,11 @@ import glob
 import math
 import os
 import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import NamedTuple
 
-from configurator import UserError, at_least, configure, one_of, require, run
+from configurator import UserError, as_program, at_least, configure, names_in, one_of, require
 from training.curves import AXES, COLOURS, GREY, LOOK, draw_curves, read_curves, short, shorten_ticks
 
 # -----------------------------------------------------------------------------
@@ -28,93 +31,245 @@ size = 'bits_est'               # bytes of a model: 'bits_est' (entropy of its 8
 smooth = 0                      # training steps averaged in a curve; 0 = a fiftieth of the run
 dpi = 160                       # of the PNG files
 # -----------------------------------------------------------------------------
+argv = None
+if __name__ == '__main__':
+    as_program()
+    argv = ['plot', *sys.argv[1:]]              # paths follow the name of the script, without a verb
+_, paths, config = configure(globals(), argv, verbs=dict(plot=-1))
 
-UNPRUNED, TAMADE = 'unpruned', 'TAMADE only'
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+
+from corpus.mixture import parse_mix
+from training.folder import read_run
+
+UNPRUNED = 'unpruned'
+TAMADE = 'TAMADE only'
 KINDS = {UNPRUNED: ('#000000', 'o'), TAMADE: ('#D55E00', 'X'), 'rl1': ('#E69F00', 's'), 'drr': ('#009E73', '^'),
          'pmmp': ('#0072B2', 'D')}
 SIZES = {'bits_est': 'entropy of 8-bit weights', 'nnz4': '4 per non-zero weight'}
-LN2 = math.log(2)
+# Places of a label beside its point: right, up, alignment, in points; the first that is free is taken.
+BESIDE = ((7, 5, 'left'), (7, -11, 'left'), (-7, 5, 'right'), (-7, -11, 'right'), (0, 12, 'center'),
+          (0, -18, 'center'), (16, -2, 'left'), (-16, -2, 'right'), (0, 22, 'center'))
+
+
+def check_knobs(k):
+    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
+    xs = names_in(k.x)
+    require(one_of('size', k.size, tuple(SIZES)),
+            at_least('smooth', k.smooth, 0),
+            at_least('dpi', k.dpi, 1),
+            (xs, f'x is empty; name some of {", ".join(AXES)}'),
+            *(one_of('x', name, tuple(AXES)) for name in xs))
 
 
 # --- reading ---
 
-def find_folders(paths):
+def find_folders(paths, out):
     """Return the run folders that paths and globs name; with none, every folder of `out` that holds a run.json."""
     folders = []
     for path in paths or [os.path.join(glob.escape(out), '*')]:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
-        found = [m for m in matches if os.path.exists(os.path.join(m, 'run.json'))]
-        if not found:
+        with_runs = [m for m in matches if os.path.exists(os.path.join(m, 'run.json'))]
+        if not with_runs:
             raise UserError(f'no run at {path!r}, expected folders with a run.json; train one: python train.py'
                             ' config/sample_pmmp.py')
-        folders += [m for m in found if m not in folders]
+        folders += [m for m in with_runs if m not in folders]
     return folders
+
+
+@dataclass
+class Found:
+    """What run folders tell. trained: {folder: run.json} of trainings, prunings and distillations.
+
+    measured: run.json of lab/diversity.py's folders. scored: {(checkpoint, set): row of eval.py}. whole: {absolute path
+    of a checkpoint: row of eval.py on the whole training split}.
+    """
+    trained: dict = field(default_factory=dict)
+    measured: list = field(default_factory=list)
+    scored: dict = field(default_factory=dict)
+    whole: dict = field(default_factory=dict)
+
+
+def read_folders(folders):
+    """Sort run folders by what they tell; later ones win."""
+    found = Found()
+    for folder in folders:
+        record = read_run(folder)
+        rows = [row for row in record.get('rows', ()) if 'from_ckpt' in row]
+        every_token = not record.get('max_tokens') and record.get('first_token') == 'score'
+        if 'procedure' in record:
+            found.trained[folder] = record
+        if 'protocol' in record:
+            found.measured.append(record)
+            continue
+        for row in rows:
+            found.scored[row['from_ckpt'], row.get('data')] = row
+            if every_token and row.get('split') == 'train':
+                found.whole[os.path.abspath(row['from_ckpt'])] = row
+    return found
+
+
+def named_curves(records):
+    """Return {name: Curves} of runs {folder: run.json}; folders in two places may share a name, then paths tell."""
+    names = [record['run_id'] for record in records.values()]
+    named = {}
+    for folder, record in records.items():
+        curves = read_curves(folder)
+        if curves:
+            is_unique = names.count(record['run_id']) == 1
+            named[record['run_id'] if is_unique else folder] = curves
+    return named
 
 
 def origin(record):
     """Follow a pruned or fine-tuned run to the ancestor (or itself) that was trained with an alpha; {} if none was."""
-    import runs
     while record:
         if record.get('alpha') and record['procedure'] != 'vanilla':
             return record
-        record = runs.read_run(os.path.dirname(record.get('parent', {}).get('path', '')) or os.devnull)
+        parent = record.get('parent', {}).get('path', '')
+        record = read_run(os.path.dirname(parent) or os.devnull)
     return {}
 
 
-def read_point(folder, record, evaluated):
-    """Return what the description-length figures need of one run, or the line that says what is missing."""
+@dataclass
+class Point:
+    """A run as a dot of the description-length figures; lengths in bytes, of the training split.
+
+    kind: a key of KINDS. data: name and SHA-256 of the set. n_bytes: of the text. total: model and data together.
+    """
+    name: str
+    kind: str
+    alpha: float
+    n_params: int
+    bits_per_byte: float
+    model_bytes: float
+    total: float
+    data: tuple
+    n_bytes: float
+
+
+def read_point(record, evaluated, size):
+    """Return the Point of a run.json; None where its loss on the whole training split is not known.
+
+    evaluated: eval.py's row of it, where there is one; else what the run itself measured at its end. size: as the knob.
+    """
     row = evaluated
-    if not row and record.get('train_bits_per_byte') and record.get('final_train_blocks', -1) < 0:
+    measured_whole = record.get('train_bits_per_byte') and record.get('final_train_blocks', -1) < 0
+    if not row and measured_whole:
         row = dict(dataset=record['data']['dataset'], sha256=record['data']['sha256'], n_params=record['n_params'],
                    nonzeros=record['non_zero_params'], nnz4_bytes=record['model_byte_size'],
                    bits_est_bytes=record['bits_est_bytes'], data_bytes=record['train_data_bytes'],
                    bits_per_byte=record['train_bits_per_byte'])
     if not row:
-        return (f'{record["run_id"]}: its loss on the whole training split is not known; measure it with python eval.py'
-                f' --from_ckpt={folder} --split=train')
+        return None
     trained = origin(record)
-    kind = trained['procedure'] if trained else UNPRUNED if row['nonzeros'] > 0.98 * row['n_params'] else TAMADE
-    return dict(name=record['run_id'], kind=kind, alpha=trained.get('alpha', 0.0), n_params=row['n_params'],
-                bits_per_byte=row['bits_per_byte'], model_bytes=row[f'{size}_bytes'],
-                total=row['data_bytes'] + row[f'{size}_bytes'], data=(row['dataset'], row['sha256']),
-                n_bytes=8 * row['data_bytes'] / row['bits_per_byte'])
+    if trained:
+        kind = trained['procedure']
+    elif row['nonzeros'] > 0.98 * row['n_params']:
+        kind = UNPRUNED
+    else:
+        kind = TAMADE
+    model_bytes = row[f'{size}_bytes']
+    return Point(
+        name=record['run_id'],
+        kind=kind,
+        alpha=trained.get('alpha', 0.0),
+        n_params=row['n_params'],
+        bits_per_byte=row['bits_per_byte'],
+        model_bytes=model_bytes,
+        total=row['data_bytes'] + model_bytes,
+        data=(row['dataset'], row['sha256']),
+        n_bytes=8 * row['data_bytes'] / row['bits_per_byte'])
+
+
+def points_by_data(found, size):
+    """Return {(set, SHA-256): [Point]} of the runs; say which of them lack a length, and how it is measured."""
+    by_data = {}
+    for folder, record in found.trained.items():
+        point = read_point(record, found.whole.get(os.path.abspath(folder)), size)
+        if point is None:
+            print(f'left out of size and alpha: {record["run_id"]}: its loss on the whole training split is not known;'
+                  f' measure it with python eval.py --from_ckpt={folder} --split=train')
+            continue
+        by_data.setdefault(point.data, []).append(point)
+    return by_data
+
+
+class Mean(NamedTuple):
+    """Points of one alpha, averaged over seeds."""
+    alpha: float
+    model_bytes: float
+    bits_per_byte: float
+    total: float
 
 
 def means(points):
-    """Average over seeds; returns {(kind, parameters): [(alpha, model bytes, bits per byte, total)]}, alpha rising."""
-    groups = {}
-    for p in points:
-        key = p['kind'], p['n_params'], p['alpha']
-        groups.setdefault(key, []).append((p['model_bytes'], p['bits_per_byte'], p['total']))
+    """Average over seeds; returns {(kind, parameters): [Mean]}, alpha rising."""
+    by_setting = {}
+    for point in points:
+        key = (point.kind, point.n_params, point.alpha)
+        by_setting.setdefault(key, []).append((point.model_bytes, point.bits_per_byte, point.total))
     result = {}
-    for (kind, n_params, alpha), values in sorted(groups.items()):
-        row = alpha, *(sum(column) / len(values) for column in zip(*values))
-        result.setdefault((kind, n_params), []).append(row)
+    for (kind, n_params, alpha), values in sorted(by_setting.items()):
+        averages = [sum(column) / len(values) for column in zip(*values)]
+        result.setdefault((kind, n_params), []).append(Mean(alpha, *averages))
     return result
 
 
-def read_diversity(measured, records, scored):
+def alphas_of(points):
+    """Return {(kind, parameters): number of alphas} of the procedures that have one."""
+    return {key: len(rows) for key, rows in means(points).items() if key[0] not in (UNPRUNED, TAMADE)}
+
+
+def read_diversity(found):
     """Return {evaluation set: {training set: (diversity, half-width, [loss of each run])}}.
 
-    measured: run.json of lab/diversity.py's folders; records: {path: run.json} of trainings; scored: rows of eval.py. A
-    training set is known by the shares of its sources. Diversities of different protocols are refused.
+    A training set is known by the shares of its sources. Diversities of different protocols are refused.
     """
-    from corpus.mixture import parse_mix
-    protocols = {repr(sorted(m['protocol'].items())) for m in measured}
-    require((len(protocols) < 2, f'diversities of {len(protocols)} protocols cannot share a figure: '
-             + ', '.join(m['run_id'] for m in measured) + '; name folders of one protocol'))
-    known = {repr(sorted(row['shares'].items())): row for m in measured for row in m.get('rows', ()) if 'shares' in row}
-    trained = {os.path.abspath(path): known.get(repr(sorted(parse_mix(r.get('data_mix') or r['dataset']).items())))
-               for path, r in records.items() if r.get('data_mix') or r.get('dataset')}
-    found = {}
-    for row in scored:
-        if which := trained.get(os.path.abspath(row['from_ckpt'].removesuffix('ckpt.pt'))):
-            sets = found.setdefault(row['data'], {})
-            sets.setdefault(which['data'], (which['diversity'], which.get('ci95', 0.0), []))[2].append(row['loss_nats'])
-    return found
+    protocols = {repr(sorted(record['protocol'].items())) for record in found.measured}
+    folders = ', '.join(record['run_id'] for record in found.measured)
+    require((len(protocols) < 2, f'diversities of {len(protocols)} protocols cannot share a figure: {folders};'
+             ' name folders of one protocol'))
+
+    # The measured diversity of a set, then of the set that each run was trained on, by the shares of its sources.
+    measured = {}
+    for record in found.measured:
+        for row in record.get('rows', ()):
+            if 'shares' in row:
+                measured[repr(sorted(row['shares'].items()))] = row
+    of_run = {}
+    for folder, record in found.trained.items():
+        mix = record.get('data_mix') or record.get('dataset')
+        if mix:
+            shares = repr(sorted(parse_mix(mix).items()))
+            of_run[os.path.abspath(folder)] = measured.get(shares)
+
+    by_evaluation = {}
+    for row in found.scored.values():
+        training_set = of_run.get(os.path.abspath(row['from_ckpt'].removesuffix('ckpt.pt')))
+        if not training_set:
+            continue
+        by_training = by_evaluation.setdefault(row['data'], {})
+        start = (training_set['diversity'], training_set.get('ci95', 0.0), [])
+        _, _, losses = by_training.setdefault(training_set['data'], start)
+        losses.append(row['loss_nats'])
+    return by_evaluation
 
 
 # --- drawing ---
+
+def new_figure(width, height):
+    """Return a figure of so many inches that knows how large its texts are."""
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
 
 def power(alpha):
     """Format 0.0001 as 1e-4."""
@@ -124,14 +279,12 @@ def power(alpha):
 
 def label_points(axis, labels, obstacles):
     """Write (text, x, y, colour) beside the points, where it covers neither a point nor an earlier label."""
-    from matplotlib.transforms import Bbox
     renderer = axis.figure.canvas.get_renderer()
     axis.figure.draw_without_rendering()
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axis.transData.transform(obstacles)]
     for text, x, y, colour in labels:
-        for dx, dy, side in ((7, 5, 'left'), (7, -11, 'left'), (-7, 5, 'right'), (-7, -11, 'right'), (0, 12, 'center'),
-                             (0, -18, 'center'), (16, -2, 'left'), (-16, -2, 'right'), (0, 22, 'center')):
-            note = axis.annotate(text, (x, y), (dx, dy), textcoords='offset points', fontsize=8.5, color=colour,
+        for right, up, side in BESIDE:
+            note = axis.annotate(text, (x, y), (right, up), textcoords='offset points', fontsize=8.5, color=colour,
                                  ha=side)
             box = note.get_window_extent(renderer)
             if not any(box.overlaps(other) for other in taken):
@@ -140,181 +293,211 @@ def label_points(axis, labels, obstacles):
             note.remove()
 
 
-def draw_size(points, name, n_bytes, plt):
+def draw_size(points, name, n_bytes, size):
     """Loss against model size, with lines along which model bytes + data bytes stay the same."""
-    import numpy as np
-    from matplotlib.ticker import MaxNLocator
-    figure, axis = plt.subplots(figsize=(7.4, 5.6), layout='constrained')
-    x, y = np.array([(p['model_bytes'], p['bits_per_byte']) for p in points]).T
+    figure = new_figure(7.4, 5.6)
+    axis = figure.subplots()
+    x = np.array([point.model_bytes for point in points])
+    y = np.array([point.bits_per_byte for point in points])
     pad = max(0.12 * (y.max() - y.min()), 0.02)
-    left, right, low, high = x.min() / 1.6, x.max() * 1.6, y.min() - pad, y.max() + pad
-    axis.set(xscale='log', xlim=(left, right), ylim=(low, high), xlabel=f'model bytes ({SIZES[size]})',
-             ylabel='code length of the training split (bits per byte)',
+    axis.set(xscale='log', xlim=(x.min() / 1.6, x.max() * 1.6), ylim=(y.min() - pad, y.max() + pad),
+             xlabel=f'model bytes ({SIZES[size]})', ylabel='code length of the training split (bits per byte)',
              title=f'{name}, {short(n_bytes, "B")}: along a grey line, model bytes + data bytes are the same')
     shorten_ticks(axis.xaxis, 'B')
     axis.grid(False)
-    sizes, ends, last = np.geomspace(left, right, 400), (left + low * n_bytes / 8, right + high * n_bytes / 8), 0
-    near = ends[1] < 8 * ends[0]
-    for total in MaxNLocator(12).tick_values(*ends) if near else np.geomspace(*ends, 14):
-        line, top = (total - sizes) * 8 / n_bytes, total - high * n_bytes / 8           # top: where it leaves the frame
-        axis.plot(sizes, line, color='#C4C4C4', lw=0.9, zorder=1)
-        if low < line[0] < high - pad / 2:
-            axis.text(left * 1.02, line[0], short(total, 'B'), color=GREY, fontsize=8, va='bottom')
-        elif max(left, last * (right / left) ** 0.08) < top < right / 1.2:
-            axis.text(top, high, short(total, 'B'), color=GREY, fontsize=8, va='top')
-            last = top
-    labels, n_params = [], sorted({p['n_params'] for p in points})
+    draw_iso_lines(axis, n_bytes, pad)
+
+    # A line through the means of each kind and model, its runs as dots; every second size of model has hollow ones.
+    labels = []
+    n_params = sorted({point.n_params for point in points})
     for (kind, n), rows in means(points).items():
         colour, marker = KINDS[kind]
-        axis.plot([r[1] for r in rows], [r[2] for r in rows], '-', color=colour, lw=1, alpha=0.5, zorder=2)
-        mine = [p for p in points if (p['kind'], p['n_params']) == (kind, n)]
-        axis.plot([p['model_bytes'] for p in mine], [p['bits_per_byte'] for p in mine], marker, color=colour, zorder=3,
-                  ms=8 - n_params.index(n) % 2, mec=colour if n_params.index(n) % 2 else 'white',
-                  mfc='white' if n_params.index(n) % 2 else colour, mew=1.5 if n_params.index(n) % 2 else 0.8,
-                  label=kind if len(n_params) == 1 else f'{kind}, {short(n)} weights')
-        labels += [(f'α = {power(alpha)}', x, y, colour) for alpha, x, y, _ in rows if alpha]
-    best = min(points, key=lambda p: p['total'])
-    axis.plot(best['model_bytes'], best['bits_per_byte'], 'o', ms=15, mfc='none', mec='black', mew=1.3, zorder=4,
-              label=f'shortest: {short(best["total"], "B")} ({best["name"]})')
+        axis.plot([row.model_bytes for row in rows], [row.bits_per_byte for row in rows], '-', color=colour, lw=1,
+                  alpha=0.5, zorder=2)
+        dots = [point for point in points if (point.kind, point.n_params) == (kind, n)]
+        hollow = n_params.index(n) % 2 == 1
+        dot = dict(ms=8, mfc=colour, mec='white', mew=0.8)
+        if hollow:
+            dot = dict(ms=7, mfc='white', mec=colour, mew=1.5)
+        axis.plot([point.model_bytes for point in dots], [point.bits_per_byte for point in dots], marker, color=colour,
+                  zorder=3, label=kind if len(n_params) == 1 else f'{kind}, {short(n)} weights', **dot)
+        labels += [(f'α = {power(row.alpha)}', row.model_bytes, row.bits_per_byte, colour) for row in rows if row.alpha]
+
+    best = min(points, key=lambda point: point.total)
+    axis.plot(best.model_bytes, best.bits_per_byte, 'o', ms=15, mfc='none', mec='black', mew=1.3, zorder=4,
+              label=f'shortest: {short(best.total, "B")} ({best.name})')
     handles = axis.get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc='outside lower center', ncols=min(3, len(handles)))
     label_points(axis, labels, list(zip(x, y)))
     return figure
 
 
-def draw_alpha(points, name, n_bytes, plt):
+def draw_iso_lines(axis, n_bytes, pad):
+    """Draw lines along which model bytes + bits per byte x n_bytes / 8 stay the same, each with its length.
+
+    pad: free height above and below the dots, in bits per byte.
+    """
+    left, right = axis.get_xlim()
+    low, high = axis.get_ylim()
+    shortest = left + low * n_bytes / 8
+    longest = right + high * n_bytes / 8
+    totals = np.geomspace(shortest, longest, 14)
+    if longest < 8 * shortest:
+        totals = MaxNLocator(12).tick_values(shortest, longest)
+
+    # A label stands where a line enters on the left, else where it leaves at the top, if it is far from the last one.
+    sizes = np.geomspace(left, right, 400)
+    last = 0
+    for total in totals:
+        line = (total - sizes) * 8 / n_bytes
+        leaves_at = total - high * n_bytes / 8
+        axis.plot(sizes, line, color='#C4C4C4', lw=0.9, zorder=1)
+        if low < line[0] < high - pad / 2:
+            axis.text(left * 1.02, line[0], short(total, 'B'), color=GREY, fontsize=8, va='bottom')
+        elif max(left, last * (right / left) ** 0.08) < leaves_at < right / 1.2:
+            axis.text(leaves_at, high, short(total, 'B'), color=GREY, fontsize=8, va='top')
+            last = leaves_at
+
+
+def draw_alpha(points, name, n_bytes, size):
     """Two-part description length against alpha, beside what no alpha, no pruning and no model at all give."""
-    figure, axis = plt.subplots(figsize=(7.8, 5.0), layout='constrained')
-    grouped, references = {kind: rows for (kind, _), rows in means(points).items()}, [('raw data', n_bytes, GREY)]
-    for kind, rows in grouped.items():
+    figure = new_figure(7.8, 5.0)
+    axis = figure.subplots()
+    references = [('raw data', n_bytes, GREY)]
+    by_kind = {kind: rows for (kind, _), rows in means(points).items()}
+    for kind, rows in by_kind.items():
         colour, marker = KINDS[kind]
         if kind in (UNPRUNED, TAMADE):
-            references.append((kind, rows[0][3], colour))
+            references.append((kind, rows[0].total, colour))
             continue
-        axis.plot([r[0] for r in rows], [r[3] for r in rows], '-', color=colour, lw=1.6, zorder=2)
-        mine = [p for p in points if p['kind'] == kind]
-        axis.plot([p['alpha'] for p in mine], [p['total'] for p in mine], marker, color=colour, ms=8, mec='white',
-                  mew=0.8, zorder=3)
+        axis.plot([row.alpha for row in rows], [row.total for row in rows], '-', color=colour, lw=1.6, zorder=2)
+        dots = [point for point in points if point.kind == kind]
+        axis.plot([point.alpha for point in dots], [point.total for point in dots], marker, color=colour, ms=8,
+                  mec='white', mew=0.8, zorder=3)
         axis.plot([], [], marker + '-', color=colour, ms=8, mec='white', mew=0.8, label=kind)
     for _, total, colour in references:
         axis.axhline(total, color=colour, lw=1.2, ls='--', zorder=1)
-    totals, alphas = [p['total'] for p in points] + [n_bytes], [p['alpha'] for p in points if p['alpha']]
-    axis.set(xscale='log', yscale='log' if max(totals) > 6 * min(totals) else 'linear',
+
+    totals = [point.total for point in points] + [n_bytes]
+    alphas = [point.alpha for point in points if point.alpha]
+    is_wide = max(totals) > 6 * min(totals)
+    axis.set(xscale='log', yscale='log' if is_wide else 'linear',
              xlabel='regularisation strength α', ylabel=f'model bytes ({SIZES[size]}) + data bytes',
              title=f'{name}: description length of the training split')
     shorten_ticks(axis.yaxis, 'B')
-    if min(alphas) / 2 < 32 * LN2 / n_bytes < max(alphas) * 2:
-        axis.axvline(32 * LN2 / n_bytes, color=GREY, lw=1, ls=':', zorder=0)
-        axis.annotate('32 ln 2 / N', (32 * LN2 / n_bytes, 0.5), (3, 0), xycoords=('data', 'axes fraction'), rotation=90,
+
+    # Where a weight is worth its 32 bits.
+    fair = 32 * math.log(2) / n_bytes
+    if min(alphas) / 2 < fair < max(alphas) * 2:
+        axis.axvline(fair, color=GREY, lw=1, ls=':', zorder=0)
+        axis.annotate('32 ln 2 / N', (fair, 0.5), (3, 0), xycoords=('data', 'axes fraction'), rotation=90,
                       textcoords='offset points', fontsize=8, color=GREY, va='center')
     axis.legend(loc='best')
-    figure.draw_without_rendering()
-    floor = 0.0                                 # labels stand at the right end of the lines, pushed apart upwards
-    for text, total, colour in sorted(references, key=lambda r: r[1]):
-        height = axis.transAxes.inverted().transform(axis.transData.transform((alphas[0], total)))[1]
-        axis.text(1.01, max(height, floor), f'{text}\n{short(total, "B")}', transform=axis.transAxes, color=colour,
-                  fontsize=8.5, va='center')
-        floor = max(height, floor) + 0.085
+    label_references(axis, references, alphas[0])
     return figure
 
 
-def draw_diversity(found, plt):
+def label_references(axis, references, x):
+    """Write (text, total, colour) at the right ends of horizontal lines, pushed apart upwards; x: any that is shown."""
+    axis.figure.draw_without_rendering()
+    floor = 0.0
+    for text, total, colour in sorted(references, key=lambda reference: reference[1]):
+        place = axis.transData.transform((x, total))
+        height = max(axis.transAxes.inverted().transform(place)[1], floor)
+        axis.text(1.01, height, f'{text}\n{short(total, "B")}', transform=axis.transAxes, color=colour, fontsize=8.5,
+                  va='center')
+        floor = height + 0.085
+
+
+def draw_diversity(by_evaluation):
     """Loss on each evaluation set against the diversity of the training set: a dot per seed, bars of one deviation."""
-    import numpy as np
-    columns = min(3, len(found))
-    figure, axes = plt.subplots(-(-len(found) // columns), columns, squeeze=False, layout='constrained',
-                                figsize=(4.2 * columns, 3.6 * -(-len(found) // columns)))
-    names = sorted({name for sets in found.values() for name in sets})
-    for axis, (title, sets) in zip(axes.flat, found.items()):
-        for name, (x, half, losses) in sets.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
+    n_columns = min(3, len(by_evaluation))
+    n_rows = -(-len(by_evaluation) // n_columns)
+    figure = new_figure(4.2 * n_columns, 3.6 * n_rows)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    names = sorted({name for by_training in by_evaluation.values() for name in by_training})
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    for axis, (title, by_training) in zip(axes.flat, by_evaluation.items()):
+        for name, (diversity, half_width, losses) in by_training.items():
             spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else 0.0
-            axis.errorbar(x, np.mean(losses), spread, half, fmt='_', color=colour, capsize=3, lw=1.2)
-            axis.plot([x] * len(losses), losses, 'o', color=colour, ms=5, mfc='white', mew=1.2)
+            axis.errorbar(diversity, np.mean(losses), spread, half_width, fmt='_', color=colours[name], capsize=3,
+                          lw=1.2)
+            axis.plot([diversity] * len(losses), losses, 'o', color=colours[name], ms=5, mfc='white', mew=1.2)
         axis.set(title=f'evaluated on {title}', xlabel='diversity of the training set', ylabel='loss (nats per token)')
-    for axis in axes.flat[len(found):]:
+    for axis in axes.flat[len(by_evaluation):]:
         axis.remove()
-    handles = [plt.Line2D([], [], ls='', marker='o', color=COLOURS[i % len(COLOURS)], label=name)
-               for i, name in enumerate(names)]
+    handles = [Line2D([], [], ls='', marker='o', color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc='outside lower center', ncols=min(4, len(handles)))
     return figure
 
 
-def main(argv=None):
-    _, paths, _ = configure(globals(), ['plot', *(sys.argv[1:] if argv is None else argv)], verbs=dict(plot=-1))
-    xs = [part.strip() for part in x.split(',')]
-    require(one_of('size', size, ('bits_est', 'nnz4')), at_least('smooth', smooth, 0), at_least('dpi', dpi, 1),
-            *(one_of('x', part, tuple(AXES)) for part in xs))
-    folders = find_folders(paths)
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+# --- figures, or why there is none ---
 
-    import runs
-    plt.rcParams.update(LOOK)
-    records, evaluated, measured, scored = {}, {}, [], {}
-    for folder in folders:
-        record = runs.read_run(folder)
-        if 'protocol' in record:
-            measured.append(record)
-        else:
-            scored.update(((r['from_ckpt'], r.get('data')), r) for r in record.get('rows', ()) if 'from_ckpt' in r)
-        if 'procedure' in record:
-            records[folder] = record
-        if not record.get('max_tokens') and record.get('first_token') == 'score':
-            evaluated.update((os.path.abspath(r['from_ckpt']), r) for r in record.get('rows', ())
-                             if r['split'] == 'train' and 'from_ckpt' in r)
-    os.makedirs(plot_dir, exist_ok=True)
+def save(figure, name, k):
+    """Write a figure as PNG and PDF into plot_dir."""
+    path = os.path.join(k.plot_dir, name)
+    for ending in ('png', 'pdf'):
+        figure.savefig(f'{path}.{ending}', dpi=k.dpi)
+    print(f'wrote {path}.png and .pdf')
 
-    def save(name, figure):
-        for ending in ('png', 'pdf'):
-            figure.savefig(os.path.join(plot_dir, f'{name}.{ending}'), dpi=dpi)
-        plt.close(figure)
-        print(f'wrote {os.path.join(plot_dir, name)}.png and .pdf')
 
-    names = [r['run_id'] for r in records.values()]                     # folders in two places may share one
-    curves = {r['run_id'] if names.count(r['run_id']) == 1 else folder: c for folder, r in records.items()
-              if (c := read_curves(folder))}
-    for part in xs:
-        if lacking := [name for name, c in curves.items() if c[part] is None]:
-            print(f'training_curves by {part} without {", ".join(lacking)}: not recorded when they were trained')
-    if panels := [part for part in xs if any(c[part] is not None for c in curves.values())]:
-        save('training_curves', draw_curves(curves, panels, smooth))
+def plot_curves(named, xs, n_folders, k):
+    """Write training_curves with a panel for each x that some run {name: Curves} has; say which runs lack which."""
+    panels = []
+    for x in xs:
+        lacking = [name for name, curves in named.items() if curves.along(x) is None]
+        if lacking:
+            print(f'training_curves by {x} without {", ".join(lacking)}: not recorded when they were trained')
+        if len(lacking) < len(named):
+            panels.append(x)
+    if panels:
+        save(draw_curves(named, panels, k.smooth), 'training_curves', k)
     else:
-        print(f'skipped training_curves: none of {len(folders)} folders has a train_loss.csv and a log.txt with'
+        print(f'skipped training_curves: none of {n_folders} folders has a train_loss.csv and a log.txt with'
               f' {", ".join(xs)}')
-    if measured and (found := read_diversity(measured, records, scored.values())):
-        save('diversity', draw_diversity(found, plt))
-    elif measured:
-        print('skipped diversity: expected run folders trained on the measured sets, and their eval.py folders')
-    by_data = {}
-    for folder, record in records.items():
-        p = read_point(folder, record, evaluated.get(os.path.abspath(folder)))
-        if isinstance(p, str):
-            print(f'left out of size and alpha: {p}')
-        else:
-            by_data.setdefault(p['data'], []).append(p)
-    if not by_data:
-        print('skipped size and alpha: no run has a loss of its whole training split')
-    for (name, sha256), mine in by_data.items():
-        n_bytes = sum(p['n_bytes'] for p in mine) / len(mine)
-        label = name if sum(name == other for other, _ in by_data) == 1 else f'{name}_{sha256[:8]}_{n_bytes:.0f}'
-        if len(mine) > 1:
-            save(f'size_{label}', draw_size(mine, name, n_bytes, plt))
-        else:
-            print(f'skipped size_{label}: 1 run, expected at least 2 on one data set')
-        alphas = {k: len(rows) for k, rows in means(mine).items() if k[0] not in (UNPRUNED, TAMADE)}
-        swept = sorted({n_params for (_, n_params), n in alphas.items() if n > 1})
-        for n_params in swept:
-            same = [p for p in mine if p['n_params'] == n_params]
-            figure = draw_alpha(same, name, n_bytes, plt)
-            save(f'alpha_{label}_{n_params}' if len(swept) > 1 else f'alpha_{label}', figure)
-        if not swept:
-            found = ', '.join(f'{n} of {kind} ({short(n_params)} weights)' for (kind, n_params), n in alphas.items())
-            print(f'skipped alpha_{label}: expected one model and procedure at 2 values of alpha > 0, got'
-                  f' {found or "none"}')
-    return 0
+
+
+def plot_alphas(points, name, label, n_bytes, k):
+    """Write a figure against alpha for each size of model that some procedure trained with several alphas."""
+    n_alphas = alphas_of(points)
+    swept = sorted({n_params for (_, n_params), n in n_alphas.items() if n > 1})
+    for n_params in swept:
+        of_size = [point for point in points if point.n_params == n_params]
+        figure = draw_alpha(of_size, name, n_bytes, k.size)
+        save(figure, f'alpha_{label}_{n_params}' if len(swept) > 1 else f'alpha_{label}', k)
+    if not swept:
+        counts = [f'{n} of {kind} ({short(n_params)} weights)' for (kind, n_params), n in n_alphas.items()]
+        print(f'skipped alpha_{label}: expected one model and procedure at 2 values of alpha > 0, got'
+              f' {", ".join(counts) or "none"}')
 
 
 if __name__ == '__main__':
-    run(main)
+    k = SimpleNamespace(**config)
+    check_knobs(k)
+    folders = find_folders(paths, out)
+    matplotlib.rcParams.update(LOOK)
+    os.makedirs(plot_dir, exist_ok=True)
+    found = read_folders(folders)
+    plot_curves(named_curves(found.trained), names_in(x), len(folders), k)
+
+    # Loss against the diversity of the training text, where that was measured.
+    if found.measured:
+        by_evaluation = read_diversity(found)
+        if by_evaluation:
+            save(draw_diversity(by_evaluation), 'diversity', k)
+        else:
+            print('skipped diversity: expected run folders trained on the measured sets, and their eval.py folders')
+
+    # Two figures for each data set; sets of one name are told apart by hash and length.
+    by_data = points_by_data(found, size)
+    if not by_data:
+        print('skipped size and alpha: no run has a loss of its whole training split')
+    set_names = [name for name, _ in by_data]
+    for (name, sha256), points in by_data.items():
+        n_bytes = sum(point.n_bytes for point in points) / len(points)
+        label = name if set_names.count(name) == 1 else f'{name}_{sha256[:8]}_{n_bytes:.0f}'
+        if len(points) > 1:
+            save(draw_size(points, name, n_bytes, size), f'size_{label}', k)
+        else:
+            print(f'skipped size_{label}: 1 run, expected at least 2 on one data set')
+        plot_alphas(points, name, label, n_bytes, k)

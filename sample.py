@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from itertools import chain
+from types import SimpleNamespace
 
-from configurator import UserError, at_least, configure, require, run
+from configurator import UserError, at_least, configure, require
 
 # -----------------------------------------------------------------------------
 from_ckpt = ''                  # run folder or checkpoint file
@@ -28,6 +29,21 @@ tokenizer = ''                  # tokenizer.json of an own BPE; '' = the one bes
 device = 'auto'
 dtype = 'auto'
 # -----------------------------------------------------------------------------
+config = configure(globals())
+
+import torch
+
+from codec.container import byte_strings
+from corpus.tokens import bytes_encoder, tokenizer_folder
+from training.checkpoint import load_model
+from training.process import Env
+
+
+def check_knobs(k):
+    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
+    require((k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
+            at_least('num_samples', k.num_samples, 1),
+            *(at_least(name, vars(k)[name], 0) for name in ('max_new_tokens', 'temperature', 'top_k')))
 
 
 def prompt_bytes(text):
@@ -48,12 +64,12 @@ def codec(checkpoint, file=''):
     name = checkpoint['data']['tokenizer']
     if name == 'byte':
         return list, lambda token: bytes((token,))
-    from codec.container import byte_strings
-    from corpus.tokens import bytes_encoder, tokenizer_folder
     folder = tokenizer_folder(checkpoint)
     require((name == 'gpt2' or file or folder, f"the checkpoint's tokenizer is {name!r}, and no tokenizer.json of it"
              ' was found beside its data set; name its tokenizer.json with --tokenizer=PATH'))
-    strings, encode = byte_strings(file or (name if name == 'gpt2' else os.path.join(folder, 'tokenizer.json')))
+    if not file:
+        file = name if name == 'gpt2' else os.path.join(folder, 'tokenizer.json')
+    strings, encode = byte_strings(file)
     return bytes_encoder(encode, strings), strings.__getitem__
 
 
@@ -64,27 +80,37 @@ def generate(model, ids, n_tokens, temperature, top_k, generator=None, cached=Tr
     is encoded anew at positions from 0. generator: a torch.Generator on the CPU, where tokens are drawn, so that a seed
     means the same on every device up to rounding. cached False encodes the whole context for every token (a check).
     """
-    import torch
-    device, limit = model.embed.weight.device, model.config.block_size
-    context, new, cache = [], list(ids), model.new_cache()
+    device = model.embed.weight.device
+    limit = model.config.block_size
+    context = []                                # what the cache holds
+    new = list(ids)
+    cache = model.new_cache()
     for _ in range(n_tokens):
         if len(context) + len(new) > limit:
-            context, new, cache = [], (context + new)[-max(1, limit // 2):], model.new_cache()
+            new = (context + new)[-max(1, limit // 2):]
+            context = []
+            cache = model.new_cache()
         context += new
-        x = torch.tensor([new if cached else context], device=device)                                   # (1, T)
         with torch.inference_mode():
-            logits = model(x, cache=cache if cached else None)[0, -1].float().cpu()                     # (V,)
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            logits = logits / temperature
-            if 0 < top_k < len(logits):
-                kept = logits.topk(top_k)
-                token = int(kept.indices[torch.multinomial(kept.values.softmax(0), 1, generator=generator)])
+            if cached:
+                logits = model(torch.tensor([new], device=device), cache=cache)                 # (1, T, V)
             else:
-                token = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+                logits = model(torch.tensor([context], device=device))
+        token = draw(logits[0, -1].float().cpu(), temperature, top_k, generator)
         new = [token]
         yield token
+
+
+def draw(logits, temperature, top_k, generator):
+    """Draw an id by logits (V,): among the top_k likeliest (0: among all), temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if not 0 < top_k < len(logits):
+        return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+    likeliest = logits.topk(top_k)
+    place = torch.multinomial(likeliest.values.softmax(0), 1, generator=generator)
+    return int(likeliest.indices[place])
 
 
 def decoded(pieces):
@@ -96,35 +122,31 @@ def decoded(pieces):
             yield text
 
 
-def main(argv=None):
-    configure(globals(), argv)
-    require((from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
-            at_least('num_samples', num_samples, 1),
-            *(at_least(k, globals()[k], 0) for k in ('max_new_tokens', 'temperature', 'top_k')))
-    text = prompt_bytes(prompt)
-    import torch
-
-    import runs
-    env = runs.Env(device, dtype)
-    model, checkpoint = runs.load_model(from_ckpt, env.device)
+if __name__ == '__main__':
+    check_knobs(SimpleNamespace(**config))
+    prompted = prompt_bytes(prompt)
+    env = Env(device, dtype)
+    model, checkpoint = load_model(from_ckpt, env.device)
     model.eval()
+
+    # The start id stands before the prompt, as it stood before the training text.
     encode, decode = codec(checkpoint, tokenizer)
-    ids = [checkpoint['data']['start_id'], *encode(text)]
-    require((max(ids) < model.config.vocab_size, f'the prompt holds token id {max(ids)}, the vocabulary of {from_ckpt}'
-             f' has {model.config.vocab_size}; use a checkpoint of the same tokenizer'))
-    generator, started, screen = torch.Generator().manual_seed(seed), time.time(), sys.stdout.buffer
+    ids = [checkpoint['data']['start_id'], *encode(prompted)]
+    vocab_size = model.config.vocab_size
+    require((max(ids) < vocab_size, f'the prompt holds token id {max(ids)}, the vocabulary of {from_ckpt}'
+             f' has {vocab_size}; use a checkpoint of the same tokenizer'))
+
+    # Every character is pushed out as soon as it is whole.
+    generator = torch.Generator().manual_seed(seed)
+    screen = sys.stdout.buffer
+    started = time.time()
     for i in range(num_samples):
         screen.write(b'---------------\n' if i else b'')
         tokens = generate(model, ids, max_new_tokens, temperature, top_k, generator)
         with env.autocast():
-            for part in decoded(chain((text,), map(decode, tokens))):
-                screen.write(part.encode('utf-8'))
+            for text in decoded(chain((prompted,), map(decode, tokens))):
+                screen.write(text.encode('utf-8'))
                 screen.flush()
         screen.write(b'\n')
         screen.flush()
     print(f'{num_samples * max_new_tokens / (time.time() - started):,.0f} tokens/s', file=sys.stderr)
-    return 0
-
-
-if __name__ == '__main__':
-    run(main)

@@ -22,7 +22,8 @@ import os
 import sys
 from types import SimpleNamespace
 
-from configurator import UserError, at_least, configure, one_of, require
+from configurator import UserError, configure, require
+from training.plan import training_rules
 
 # -----------------------------------------------------------------------------
 # run
@@ -114,7 +115,7 @@ wandb_log = False
 wandb_project = 'nanomdl'
 # the model's other switches are knobs as well: fields of ModelConfig in model.py
 # -----------------------------------------------------------------------------
-config = configure(globals(), fields_of='model.ModelConfig')
+config = configure(globals(), fields_of='model.ModelConfig', rules=training_rules)
 
 import torch
 
@@ -125,7 +126,6 @@ from corpus.bins import key_of, read_meta
 from corpus.data import Batches, Place, common_splits, open_data, open_pairs, rules
 from corpus.objectives import objective_rule
 from model import config_from_knobs, flops_per_token, make, model_args
-from pairs import evaluate as evaluate_pairs
 from training import curves, parallel, plan
 from training.checkpoint import check_resume, load_encoder, load_weights, parent_of
 from training.optim import SignStep, forget, load_states, make_optimizers, set_rate, states_of
@@ -385,37 +385,7 @@ def make_procedure(name, k):
     return Vanilla()
 
 
-# --- knobs and plan ---
-
-def check_knobs(k, n_ranks):
-    """Refuse knobs that cannot be meant, all in one message."""
-    from_zero = ('alpha', 'beta', 'initial_u_value', 'epochs_prelude', 'epochs', 'epochs_fine_tuning', 'max_iters',
-                 'dropout', 'eval_blocks', 'eval_interval', 'stop_epoch_at_batch', 'stop_epoch_at_batch_prelude',
-                 'stop_epoch_at_batch_fine_tuning', 'first_pruning_after', 'tolerated_relative_loss_increase',
-                 'train_only_on_leading_tokens', 'checkpoint_time', 'max_runtime', 'procedure_learning_rate')
-    from_one = ('prune_every', 'steps_per_chunk', 'log_every', 'log_interval', 'keep_last')
-    in_turn = k.order != 'random' and not k.online
-    require(one_of('procedure', k.procedure, ('vanilla', 'rl1', 'drr', 'pmmp')),
-            one_of('order', k.order, ('permuted', 'sequential', 'random')),
-            one_of('regularise', k.regularise, ('matrices', 'all')),
-            one_of('prune_by', k.prune_by, ('magnitude', 'gamma')),
-            one_of('pmmp_state', k.pmmp_state, ('exact', 'lean')),
-            (0 <= k.initial_p_value <= 1, f'initial_p_value = {k.initial_p_value}, expected a probability in [0, 1]'),
-            one_of('stop_when', k.stop_when, ('never', 'first_exhausted')),
-            one_of('loss_on', k.loss_on, ('text', 'text+markup')),
-            (not k.data_mix or in_turn,
-             f"data_mix = {k.data_mix!r} takes order = 'permuted' or 'sequential' and no --online"),
-            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k), *plan.matrix_rules(k),
-            *plan.shard_rules(k, k.check or 'RANK' in os.environ),
-            *(at_least(name, getattr(k, name), 0) for name in from_zero),
-            *(at_least(name, getattr(k, name), 1) for name in from_one),
-            at_least('final_train_blocks', k.final_train_blocks, -1),
-            (k.prune_by != 'gamma' or k.procedure == 'pmmp', "prune_by = 'gamma' needs procedure = 'pmmp'"),
-            (not (k.online and k.dropout),
-             'online = True needs dropout = 0: the code length counts losses before updates'),
-            (not k.online or k.init_from in ('scratch', 'resume'),
-             f'online = True needs init_from = scratch, got {k.init_from!r}'))
-
+# --- data and plan ---
 
 def open_split(split, T, k):
     """Open one split of the data set or mixture of a run, with the rows of its objective."""
@@ -531,7 +501,7 @@ def validate(run, phase, model, data, pair_sets, T, eval_rows, eval_blocks):
     val = score.evaluate(model, data.head(eval_blocks * T), T, eval_rows, run.env)
     paired = {}
     for kind, arms in pair_sets.items():
-        numbers = next(evaluate_pairs(model, arms, eval_rows, run.env, 0, eval_blocks))
+        numbers = next(score.evaluate_pairs(model, arms, eval_rows, run.env, 0, eval_blocks))
         paired[kind] = {key: numbers[key] for key in PAIRED if key in numbers}
         shown = ' '.join(f'{key}={value:.5f}' for key, value in paired[kind].items())
         run.note(f'pairs type={kind} step={run.step} {shown}',
@@ -564,7 +534,6 @@ if __name__ == '__main__':
     k = SimpleNamespace(**config)
     config.pop('check')
     config.pop('overwrite')
-    check_knobs(k, int(os.environ.get('WORLD_SIZE', 1)))
     if check:
         show_plan(config, k, int(os.environ.get('WORLD_SIZE', 1)))
         sys.exit()

@@ -158,7 +158,7 @@ class Learner:
             scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-9) / LEVELS
             tensors[name] = np.rint(w / scale).astype(np.int32), scale
         if sample is not None:
-            self.sites = weights.fit_sites(args, tensors, sample)
+            self.sites = exact.fit_sites(args, tensors, sample)
         return exact.Exact(args, tensors, *self.sites)
 
     def digest(self):

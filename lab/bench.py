@@ -85,17 +85,19 @@ def training_step(config, env, procedure, rows, lean=False, muon=False, grid_bit
     state = dict(alpha=1e-7, beta=5.0)
     if procedure == 'pmmp':
         state = sparse.pmmp_state(params, 1e-7, 1.0, 0.0, adamw, lean=lean)
-    x, grid = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device), qat.Grid({}, {})
+    x, grid = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=env.device), qat.Grid(1e-7)
     if grid_bits:
-        grid = qat.Grid(named, qat.choose_codes(model, grid_bits, *(t.cpu().numpy() for t in (x[:, :-1], x[:, 1:]))))
-        edit, state = grid.pull, dict(bits_rate=1e-7)
+        grid.begin(named, qat.choose_codes(model, grid_bits, *(t.cpu().numpy() for t in (x[:, :-1], x[:, 1:]))))
+
+        def edit(theta, gradients, state):
+            grid.edit(dict(zip(params, gradients)))
 
     def step():
-        grid.round()
+        grid.before_forward()
         with env.autocast():
             loss = model_step(x[:, :-1], x[:, 1:])
         (loss / (rows * config.block_size)).backward()
-        grid.restore()
+        grid.after_backward()
         norms = [torch.nn.utils.get_total_norm([p.grad for p in all_params])]
         if edit is not sparse.no_edit:
             edit(theta, [p.grad for p in theta], state)

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
 import losses
-import prune
 import runs
 import train
 from configurator import UserError
@@ -232,9 +231,9 @@ def test_two_ranks_see_the_same_batches(distil, tmp_path, toy, teacher):
 
 def test_masks_and_truncated_students(distil, tmp_path, teacher, toy):
     """prune.py --layers makes the student, its pruned weights stay zero, and a GPT-2 folder can teach."""
-    prune.main([f'--from_ckpt={teacher}', '--method=magnitude', '--sparsity=0.5', f'--out_dir={tmp_path / "p"}',
-                '--no-sweep_dead_units', '--device=cpu'])
-    prune.main([f'--from_ckpt={tmp_path / "p"}', '--layers=0,2', f'--out_dir={tmp_path / "s"}', '--device=cpu'])
+    run_here('prune.py', f'--from_ckpt={teacher}', '--method=magnitude', '--sparsity=0.5',
+             f'--out_dir={tmp_path / "p"}', '--no-sweep_dead_units', '--device=cpu')
+    run_here('prune.py', f'--from_ckpt={tmp_path / "p"}', '--layers=0,2', f'--out_dir={tmp_path / "s"}', '--device=cpu')
     distil(f'--init_from={tmp_path / "s"}')
     student = runs.load_checkpoint(str(tmp_path / 'run'))
     assert len(student['masks']) > 5 and student['parent']['path'].startswith(str(tmp_path / 's'))

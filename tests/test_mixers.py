@@ -5,13 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, same, torchrun
+from conftest import TINY, run_here, same, torchrun
 from test_train import losses_of
 
-import eval as evaluation
-import prune
 import runs
-import sample
 import train
 from configurator import UserError
 from corpus.bins import Bin
@@ -263,12 +260,12 @@ def test_training_evaluating_pruning(train_tiny, tmp_path, name):
     half = found['tokens_seen'] / found['step'] / 256
     assert half == {'combined': 0.5, 'blank': 0.5}.get(name, 1.0) or name == 'combined' and 0.5 < half < 1
     args = runs.load_checkpoint(str(tmp_path / 'run'))
-    evaluation.main([f'--from_ckpt={tmp_path / "run"}', f'--data_dir={args["config"]["data_dir"]}', '--device=cpu',
-                     f'--out={tmp_path}'])
+    run_here('eval.py', f'--from_ckpt={tmp_path / "run"}', f'--data_dir={args["config"]["data_dir"]}', '--device=cpu',
+             f'--out={tmp_path}')
     row, = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
     assert row['loss_nats'] == pytest.approx(found['mean_test_loss'], abs=1e-6)
-    prune.main([f'--from_ckpt={tmp_path / "run"}', f'--out_dir={tmp_path / "pruned"}', '--method=magnitude',
-                '--sparsity=0.5', f'--data_dir={args["config"]["data_dir"]}'])
+    run_here('prune.py', f'--from_ckpt={tmp_path / "run"}', f'--out_dir={tmp_path / "pruned"}', '--method=magnitude',
+             '--sparsity=0.5', f'--data_dir={args["config"]["data_dir"]}')
     assert runs.read_run(str(tmp_path / 'pruned'))['sparsity'] >= 0.45
 
 
@@ -308,7 +305,7 @@ def test_frozen_encoders_and_the_curriculum(train_tiny, tmp_path):
     with pytest.raises(UserError, match='freeze_encoder: this model has no encoder'):
         train_tiny(*SMALL, '--freeze_encoder', out='none')
     with pytest.raises(UserError, match='cannot generate text token by token'):
-        sample.main([f'--from_ckpt={tmp_path / "next"}', '--prompt=a'])
+        run_here('sample.py', f'--from_ckpt={tmp_path / "next"}', '--prompt=a')
 
 
 @pytest.mark.parametrize('name, dtype', [*((name, 'bfloat16') for name in JOBS), ('heads', 'float16'),

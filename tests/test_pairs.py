@@ -11,16 +11,13 @@ import pytest
 import torch
 from conftest import TINY, OneProcess, run_here, torchrun
 
-import distill
-import eval as evaluation
-import pairs
-import runs
 import score
-import train
 from configurator import UserError
 from corpus import bins
 from corpus.data import open_pairs, open_split
 from model import GPT, ModelConfig
+from training.checkpoint import load_model
+from training.folder import read_run
 
 WORDS = 'zero byte loss mask line gain rule tree fold step'.split()
 LEARN = ('--dataset=meta', '--positions=rotary', '--block_size=64', '--batch_size=16', '--log_interval=20')
@@ -47,8 +44,8 @@ def data_dir(tmp_path_factory):
 def trained(data_dir, tmp_path_factory):
     """A model that has read the titles for 200 steps; returns its run folder."""
     out = str(tmp_path_factory.mktemp('out') / 'run')
-    train.main([*TINY, *LEARN, f'--data_dir={data_dir}', f'--out_dir={out}', '--max_iters=200', '--eval_interval=100',
-                '--learning_rate=5e-3', '--eval_blocks=20'])
+    run_here('train.py', *TINY, *LEARN, f'--data_dir={data_dir}', f'--out_dir={out}', '--max_iters=200',
+             '--eval_interval=100', '--learning_rate=5e-3', '--eval_blocks=20')
     return out
 
 
@@ -104,22 +101,22 @@ def test_hidden_padding_is_seen_by_no_text(positions):
 def test_step_loss_does_not_depend_on_the_split(data_dir, tmp_path):
     """Rows score different numbers of tokens: whole batches, micro-batches of 2, and two ranks give one loss."""
     flags = [*TINY, *LEARN, f'--data_dir={data_dir}', '--max_iters=8', '--eval_blocks=8', '--final_train_blocks=0']
-    train.main([*flags, f'--out_dir={tmp_path / "whole"}'])
-    train.main([*flags, f'--out_dir={tmp_path / "micro"}', '--micro_batch_size=2'])
+    run_here('train.py', *flags, f'--out_dir={tmp_path / "whole"}')
+    run_here('train.py', *flags, f'--out_dir={tmp_path / "micro"}', '--micro_batch_size=2')
     done = torchrun(2, 'train.py', *flags, f'--out_dir={tmp_path / "ranks"}', '--micro_batch_size=4')
     assert done.returncode == 0, done.stderr[-2000:]
     whole, *others = (losses(tmp_path / name) for name in ('whole', 'micro', 'ranks'))
     assert len(whole) == 8
     for other in others:
         np.testing.assert_allclose(other, whole, atol=2e-6)             # the csv has six decimals
-    a, b = (runs.read_run(str(tmp_path / name)) for name in ('whole', 'ranks'))
+    a, b = (read_run(str(tmp_path / name)) for name in ('whole', 'ranks'))
     for key in ('pairs_title_with_nats', 'pairs_all_difference_nats', 'mean_test_loss'):
         assert abs(a[key] - b[key]) < 1e-5
 
 
 def test_training_counts_text_and_validates_pairs(trained, data_dir):
     """Tokens are scored ones; bits per byte are of the text; pairs are in log, run.json; the title is read."""
-    found, rows = runs.read_run(trained), open_split(data_dir, 'meta', 'val')
+    found, rows = read_run(trained), open_split(data_dir, 'meta', 'val')
     with open(f'{trained}/log.txt') as f:
         lines = [line for line in f if 'pairs type=' in line]
     assert len(lines) == 2 * 3 and 'type=url step=100' in lines[0] and 'true_wins=' in lines[0]
@@ -134,15 +131,15 @@ def test_samecontext_trains_and_resumes(data_dir, tmp_path):
     """Hidden padding through training, validation and resuming; a control with other losses than the plain one."""
     flags = [*TINY, *LEARN, f'--data_dir={data_dir}', '--eval_blocks=4', '--final_train_blocks=0']
     for name in ('meta_same', 'meta_none'):
-        train.main([*flags, f'--dataset={name}', f'--out_dir={tmp_path / name}', '--max_iters=5'])
+        run_here('train.py', *flags, f'--dataset={name}', f'--out_dir={tmp_path / name}', '--max_iters=5')
     assert losses(tmp_path / 'meta_same') != losses(tmp_path / 'meta_none')
     with pytest.raises(UserError, match="cannot resume: loss_on = 'text.markup', the checkpoint has 'text'"):
-        train.main([*flags, '--dataset=meta_same', f'--out_dir={tmp_path / "meta_same"}', '--max_iters=9',
-                    '--loss_on=text+markup', '--init_from=resume'])
-    evaluation.main([f'--from_ckpt={tmp_path / "meta_same"}', f'--data_dir={data_dir}', '--device=cpu',
-                     f'--out={tmp_path}'])
-    row, = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
-    assert row['loss_nats'] == pytest.approx(runs.read_run(str(tmp_path / 'meta_same'))['mean_test_loss'], abs=1e-6)
+        run_here('train.py', *flags, '--dataset=meta_same', f'--out_dir={tmp_path / "meta_same"}', '--max_iters=9',
+                    '--loss_on=text+markup', '--init_from=resume')
+    run_here('eval.py', f'--from_ckpt={tmp_path / "meta_same"}', f'--data_dir={data_dir}', '--device=cpu',
+             f'--out={tmp_path}')
+    row, = read_run(str(next(tmp_path.glob('eval-*'))))['rows']
+    assert row['loss_nats'] == pytest.approx(read_run(str(tmp_path / 'meta_same'))['mean_test_loss'], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -151,7 +148,7 @@ def test_hidden_padding_on_two_ranks(data_dir, tmp_path, shard):
     """DDP and FSDP2 hide the same inputs as one process does."""
     flags = [*TINY, *LEARN, '--dataset=meta_same', f'--data_dir={data_dir}', '--max_iters=4', '--eval_blocks=4',
              '--final_train_blocks=0']
-    train.main([*flags, f'--out_dir={tmp_path / "one"}'])
+    run_here('train.py', *flags, f'--out_dir={tmp_path / "one"}')
     done = torchrun(2, 'train.py', *flags, f'--shard={shard}', f'--out_dir={tmp_path / "two"}')
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_allclose(losses(tmp_path / 'two'), losses(tmp_path / 'one'), atol=1e-5)
@@ -176,12 +173,12 @@ def test_a_student_hides_the_same_padding(data_dir, tmp_path):
     """distill.py on such rows: with next tokens alone its losses are train.py's; rows of another length are refused."""
     flags = [*TINY, '--dataset=meta_same', f'--data_dir={data_dir}', '--positions=rotary', '--max_iters=4',
              '--eval_blocks=4', '--batch_size=16']
-    train.main([*flags, '--block_size=64', '--final_train_blocks=0', f'--out_dir={tmp_path / "plain"}'])
+    run_here('train.py', *flags, '--block_size=64', '--final_train_blocks=0', f'--out_dir={tmp_path / "plain"}')
     taught = [*flags, f'--teacher={tmp_path / "plain"}', '--no-freeze_positions', f'--out_dir={tmp_path / "run"}']
-    distill.main([*taught, '--block_size=64', '--a_ce=0', '--a_cos=0', '--a_clm=1'])
+    run_here('distill.py', *taught, '--block_size=64', '--a_ce=0', '--a_cos=0', '--a_clm=1')
     assert losses(tmp_path / 'run') == losses(tmp_path / 'plain')
     with pytest.raises(UserError, match="block_size = 32, 'meta_same' has rows of 64 tokens"):
-        distill.main([*taught, '--block_size=32'])
+        run_here('distill.py', *taught, '--block_size=32')
 
 
 def test_another_mask_is_other_data(data_dir, tmp_path):
@@ -189,16 +186,16 @@ def test_another_mask_is_other_data(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / 'data')
     flags = [*TINY, *LEARN, f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}', '--eval_blocks=4',
              '--final_train_blocks=0']
-    train.main([*flags, '--max_iters=2'])
+    run_here('train.py', *flags, '--max_iters=2')
     mask, meta = tmp_path / 'data/meta/train.mask.bin', tmp_path / 'data/meta/meta.json'
     mask.write_bytes(mask.read_bytes().replace(b'\1', b'\2', 1))
     with pytest.raises(UserError, match='train.mask.bin does not have the SHA-256'):
-        train.main([*flags, '--max_iters=4', '--init_from=resume', '--verify'])
+        run_here('train.py', *flags, '--max_iters=4', '--init_from=resume', '--verify')
     found = json.loads(meta.read_text())
     found['splits']['train']['mask_sha256'] = bins.sha256_file(mask)
     meta.write_text(json.dumps(found))
     with pytest.raises(UserError, match='cannot resume: sha256 is'):
-        train.main([*flags, '--max_iters=4', '--init_from=resume'])
+        run_here('train.py', *flags, '--max_iters=4', '--init_from=resume')
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -209,7 +206,7 @@ def test_another_mask_is_other_data(data_dir, tmp_path):
 def test_training_refuses_in_one_line(data_dir, tmp_path, flags, message):
     """What cannot be meant is said before the run folder is made."""
     with pytest.raises(UserError, match=message):
-        train.main([*TINY, *LEARN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "no"}', *flags])
+        run_here('train.py', *TINY, *LEARN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "no"}', *flags)
     assert not (tmp_path / 'no').exists()
 
 
@@ -222,9 +219,9 @@ def test_loss_on_needs_row_data(train_tiny):
 
 def test_pairs_table(trained, data_dir, tmp_path, capsys):
     """with / without / difference and its interval, per type and together, all pieces and first ones; the probe."""
-    evaluation.main([f'--from_ckpt={trained}', '--pairs=meta', f'--data_dir={data_dir}', '--device=cpu',
-                     '--dtype=float32', f'--out={tmp_path}', '--bootstrap=200'])
-    rows = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
+    run_here('eval.py', f'--from_ckpt={trained}', '--pairs=meta', f'--data_dir={data_dir}', '--device=cpu',
+             '--dtype=float32', f'--out={tmp_path}', '--bootstrap=200')
+    rows = read_run(str(next(tmp_path.glob('eval-*'))))['rows']
     assert [(r['type'], r['pieces']) for r in rows] == [(t, p) for t in ('url', 'title', 'all')
                                                        for p in ('all', 'first')]
     by = {(r['type'], r['pieces']): r for r in rows}
@@ -241,11 +238,11 @@ def test_pairs_table(trained, data_dir, tmp_path, capsys):
 
 def test_pair_losses_are_those_of_the_rows_one_by_one(trained, data_dir):
     """Batches of 32, of 1, of three ranks and a loop of this test over rows agree to 1e-6."""
-    model, env = runs.load_model(trained, 'cpu')[0].eval(), OneProcess()
+    model, env = load_model(trained, 'cpu')[0].eval(), OneProcess()
     arms = open_pairs(data_dir, 'meta')['title']
     rows, sums = arms['with'], {}
     for size in (32, 1):
-        sums[size] = pairs.row_sums(model, rows, size, env)
+        sums[size] = score.row_sums(model, rows, size, env)
     np.testing.assert_allclose(sums[32], sums[1], rtol=1e-6, atol=1e-5)
     assert abs(np.subtract(*(s[0].sum() / s[1].sum() for s in sums.values()))) < 1e-6
     for i in (0, 5, 9):
@@ -253,7 +250,7 @@ def test_pair_losses_are_those_of_the_rows_one_by_one(trained, data_dir):
         with torch.no_grad():
             assert float(model(x, y)) == pytest.approx(sums[32][0, i], rel=1e-5)
         assert (y >= 0).sum() == sums[32][1, i]
-    several = [pairs.row_sums(model, rows, 8, OneProcess(rank, 3)) for rank in range(3)]
+    several = [score.row_sums(model, rows, 8, OneProcess(rank, 3)) for rank in range(3)]
     np.testing.assert_allclose(sum(several), sums[32], rtol=1e-6, atol=1e-5)
 
 
@@ -261,30 +258,31 @@ def test_interval_of_the_difference():
     """Every document 0.1 nats better per token: an interval of one point; documents weigh their tokens."""
     tokens = np.array([10.0, 30.0, 60.0] * 20)
     b = np.stack((tokens * np.tile([1.0, 2.0, 3.0], 20), tokens))
-    found = pairs.difference(b - np.stack((0.1 * tokens, 0 * tokens)), b, 100)
+    found = score.difference(b - np.stack((0.1 * tokens, 0 * tokens)), b, 100)
     assert found['without_nats'] == pytest.approx(2.5) and found['difference_nats'] == pytest.approx(-0.1)
     assert found['difference_low'] == pytest.approx(-0.1) and found['difference_high'] == pytest.approx(-0.1)
     half = b.copy()
     half[0, ::2] -= tokens[::2]                                         # half of the tokens 1 nat better
-    wide = pairs.difference(half, b, 500)
+    wide = score.difference(half, b, 500)
     assert wide['difference_low'] < wide['difference_nats'] < wide['difference_high'] < 0
-    none = pairs.difference(half, b, 0)
+    none = score.difference(half, b, 0)
     assert none['difference_low'] is None and none['difference_nats'] == wide['difference_nats']
 
 
 def test_pairs_refuse_other_data(trained, toy, data_dir, tmp_path):
     """A set without pairs, and rows longer than the model."""
     with pytest.raises(UserError, match="'toy' has no paired rows, expected one made by prepare_metadata.py"):
-        evaluation.main([f'--from_ckpt={trained}', '--pairs=toy', f'--data_dir={toy}', f'--out={tmp_path}'])
-    train.main([*TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={tmp_path / "short"}', '--max_iters=1'])
+        run_here('eval.py', f'--from_ckpt={trained}', '--pairs=toy', f'--data_dir={toy}', f'--out={tmp_path}')
+    run_here('train.py', *TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={tmp_path / "short"}',
+             '--max_iters=1')
     with pytest.raises(UserError, match='rows have 64 tokens, .* was built for at most 32'):
-        evaluation.main([f'--from_ckpt={tmp_path / "short"}', '--pairs=meta', f'--data_dir={data_dir}',
-                         f'--out={tmp_path}'])
+        run_here('eval.py', f'--from_ckpt={tmp_path / "short"}', '--pairs=meta', f'--data_dir={data_dir}',
+                 f'--out={tmp_path}')
 
 
 def test_rows_score_as_text(trained, data_dir):
     """score.evaluate over rows: bytes are those of the scored tokens, of leading rows too."""
-    model, rows = runs.load_model(trained, 'cpu')[0], open_split(data_dir, 'meta', 'val')
+    model, rows = load_model(trained, 'cpu')[0], open_split(data_dir, 'meta', 'val')
     for n in (0, 5):
         found = score.evaluate(model, rows, 64, 16, OneProcess(), max_blocks=n)
         assert found['tokens'] == found['text_bytes'] == rows.head(n * 64).n_targets

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import OneProcess, snapshot
+from conftest import OneProcess, run_here, snapshot
 
 import prune
 import runs
@@ -25,7 +25,8 @@ def trained(train_tiny, tmp_path):
 
 
 def pruned(trained, tmp_path, toy, *flags, out='pruned'):
-    prune.main([f'--from_ckpt={trained}', f'--out_dir={tmp_path / out}', f'--data_dir={toy}', '--device=cpu', *flags])
+    run_here('prune.py', f'--from_ckpt={trained}', f'--out_dir={tmp_path / out}', f'--data_dir={toy}', '--device=cpu',
+             *flags)
     return runs.load_checkpoint(str(tmp_path / out)), runs.read_run(str(tmp_path / out))
 
 
@@ -96,7 +97,7 @@ def test_never_overwrites_its_own_parent(trained, tmp_path, toy):
     """out_dir = the folder of from_ckpt would delete the checkpoint it reads."""
     before = snapshot(trained)
     with pytest.raises(UserError, match='choose another --out_dir'):
-        prune.main([f'--from_ckpt={trained}', f'--out_dir={trained}', f'--data_dir={toy}', '--overwrite'])
+        run_here('prune.py', f'--from_ckpt={trained}', f'--out_dir={trained}', f'--data_dir={toy}', '--overwrite')
     assert snapshot(trained) == before
 
 
@@ -187,11 +188,9 @@ def test_all_layers_kept_are_the_teacher(deep, tmp_path, toy):
     (24, '6t', (13, 15, 17, 19, 21, 23)), (36, 'alt', (0, 6, 12, 18, 24, 30)), (48, 'distil', (0, 8, 16, 25, 33, 41)),
     (36, '3b3t', (0, 6, 12, 23, 29, 35)), (18, 'alt', (0, 3, 6, 9, 12, 15)), (8, '3l', (0, 2, 5)),
     (6, '6b', (0, 1, 2, 3, 4, 5))])
-def test_other_depths(monkeypatch, n, strategy, kept):
+def test_other_depths(n, strategy, kept):
     """Li et al.'s table, and evenly spaced layers where it has no entry."""
-    monkeypatch.setattr(prune, 'strategy', strategy)
-    monkeypatch.setattr(prune, 'layers', '')
-    assert tuple(prune.layers_to_keep(n)) == kept
+    assert tuple(prune.layers_of_strategy(strategy, n, 'gpt2')) == kept
 
 
 def test_sensitivity_drops_what_matters_least(deep, tmp_path, toy, capsys):

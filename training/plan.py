@@ -3,6 +3,7 @@
 Nothing here loads torch before it is needed, so that a mistyped knob is answered at once.
 """
 import math
+import os
 from dataclasses import dataclass, replace
 
 from configurator import at_least, one_of
@@ -58,6 +59,37 @@ def shard_rules(k, distributed):
             (not k.shard or distributed, "shard = 'full' needs torchrun: torchrun --nproc_per_node=2 train.py ..."),
             (k.shard or not k.cpu_offload, "cpu_offload needs shard = 'full'"),
             (k.shard or not k.sharded_ckpt, "sharded_ckpt needs shard = 'full'")]
+
+
+def training_rules(k):
+    """Check the knobs of train.py."""
+    n_ranks = int(os.environ.get('WORLD_SIZE', 1))
+    from_zero = ('alpha', 'beta', 'initial_u_value', 'epochs_prelude', 'epochs', 'epochs_fine_tuning', 'max_iters',
+                 'dropout', 'eval_blocks', 'eval_interval', 'stop_epoch_at_batch', 'stop_epoch_at_batch_prelude',
+                 'stop_epoch_at_batch_fine_tuning', 'first_pruning_after', 'tolerated_relative_loss_increase',
+                 'train_only_on_leading_tokens', 'checkpoint_time', 'max_runtime', 'procedure_learning_rate')
+    from_one = ('prune_every', 'steps_per_chunk', 'log_every', 'log_interval', 'keep_last')
+    in_turn = k.order != 'random' and not k.online
+    return [one_of('procedure', k.procedure, ('vanilla', 'rl1', 'drr', 'pmmp')),
+            one_of('order', k.order, ('permuted', 'sequential', 'random')),
+            one_of('regularise', k.regularise, ('matrices', 'all')),
+            one_of('prune_by', k.prune_by, ('magnitude', 'gamma')),
+            one_of('pmmp_state', k.pmmp_state, ('exact', 'lean')),
+            (0 <= k.initial_p_value <= 1, f'initial_p_value = {k.initial_p_value}, expected a probability in [0, 1]'),
+            one_of('stop_when', k.stop_when, ('never', 'first_exhausted')),
+            one_of('loss_on', k.loss_on, ('text', 'text+markup')),
+            (not k.data_mix or in_turn,
+             f"data_mix = {k.data_mix!r} takes order = 'permuted' or 'sequential' and no --online"),
+            *batch_rules(k, n_ranks), *optimizer_rules(k), *matrix_rules(k),
+            *shard_rules(k, k.check or 'RANK' in os.environ),
+            *(at_least(name, getattr(k, name), 0) for name in from_zero),
+            *(at_least(name, getattr(k, name), 1) for name in from_one),
+            at_least('final_train_blocks', k.final_train_blocks, -1),
+            (k.prune_by != 'gamma' or k.procedure == 'pmmp', "prune_by = 'gamma' needs procedure = 'pmmp'"),
+            (not (k.online and k.dropout),
+             'online = True needs dropout = 0: the code length counts losses before updates'),
+            (not k.online or k.init_from in ('scratch', 'resume'),
+             f'online = True needs init_from = scratch, got {k.init_from!r}')]
 
 
 # --- phases ---

@@ -1,12 +1,13 @@
-"""exact.py: tables against decimal, the integer model against the float model, the same integers however it is run."""
+"""exact.py and what it stands on: the integer model against the float model, the same integers however it is run."""
+import hashlib
 import math
-from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
 import torch
 
-from codec import exact, weights
+from codec import arithmetic, exact, layers, sites, weights
+from corpus.bins import mix64
 from model import GPT, ModelConfig, Triangles, model_args
 
 SHAPES = [
@@ -50,44 +51,41 @@ def integers(model, levels=127):
 
 def build(model, levels=127, **options):
     args, tensors = integers(model, levels)
-    sites = weights.fit_sites(args, tensors, rows(4, args['block_size'])[:, :-1])
-    return exact.Exact(args, tensors, *sites, **options)
-
-
-# --- tables ---
-
-def test_exp_table_is_correctly_rounded():
-    """Every entry is the integer nearest to top·exp(-i/256)."""
-    getcontext().prec = 50
-    table = exact.exp_table(1 << 24, 0)
-    assert table[-1] == 0 and len(table) > 4000
-    for i in range(0, len(table), 97):
-        value = (Decimal(-i) / exact.EXP_STEPS).exp() * (1 << 24)
-        assert table[i] == int(value.to_integral_value()), i
-
-
-@pytest.mark.parametrize('kind', ['gelu', 'gelu_tanh', 'relu2'])
-def test_activation_table(kind):
-    """The tables agree with torch's float64 activations to 2^-31."""
-    from model import ACTIVATIONS
-    x = (torch.arange(exact.ACTIVATION_ENTRIES, dtype=torch.float64) - exact.ACTIVATION_ENTRIES // 2) / 256
-    got = exact.activation_table(kind, 8) / 2.0 ** 32
-    assert np.abs(got - ACTIVATIONS[kind](x).numpy()).max() < 2.0 ** -31
-
-
-def test_rotation_table():
-    """Cosines and sines agree with float64's to the 24 bits that are kept, also far out."""
-    cos, sin = exact.rotation_table(2048, 64)
-    angle = np.arange(2048)[:, None] * 10000.0 ** (-np.arange(0, 64, 2) / 64)
-    assert np.abs(cos - np.cos(angle)).max() < 2.0 ** -24 and np.abs(sin - np.sin(angle)).max() < 2.0 ** -24
-
-
-def test_tables_hash_is_golden():
-    """Another value means that archives written before can no longer be read: then raise archive.VERSION."""
-    assert exact.tables_hash(model_args(tiny())) == '132179331022dd1d'
+    codes, wide = exact.fit_sites(args, tensors, rows(4, args['block_size'])[:, :-1])
+    return exact.Exact(args, tensors, codes, wide, **options)
 
 
 # --- the model ---
+
+def test_tables_hash_is_golden():
+    """Another value means that archives written before can no longer be read: then raise container.VERSION."""
+    assert exact.tables_hash(model_args(tiny())) == '132179331022dd1d'
+
+
+GOLDEN = [
+    (dict(qk_norm=True, positions='rotary'), '5a492063890c0679'),
+    (dict(block_type='mixer', positions='none', final_norm=False), '8d15035304c8962b'),
+    (dict(block_type='multihead_mixer', positions='none', expansion=2), '13ea4693f26ce0df')]
+
+
+@pytest.mark.parametrize('options, golden', GOLDEN)
+def test_order_of_sites_and_products_is_golden(options, golden):
+    """Scales and flags that differ from place to place: another order, or other arithmetic, makes other frequencies."""
+    args = model_args(GPT(ModelConfig(block_size=16, n_layer=2, n_head=2, n_embd=16, **options)))
+    tensors = {}
+    first = 0
+    for name, shape in weights.shapes(args).items():
+        n = math.prod(shape)
+        hashed = mix64(np.arange(first, first + n, dtype=np.uint64)).reshape(shape)
+        tensors[name] = (hashed % np.uint64(15)).astype(np.int32) - 7, np.full(shape[:-1] + (1,), 1 / 16)
+        first += n
+    codes, wide = sites.reference_sites(args)
+    codes = [code + 4 * (i % 3) - 4 for i, code in enumerate(codes)]
+    wide = [int(i % 3 == 1) for i in range(len(wide))]
+    model = exact.Exact(args, tensors, codes, wide)
+    f = model.frequencies(model.forward(torch.from_numpy(rows(2, 16)[:, :-1])))
+    assert hashlib.sha256(f.numpy().astype('<f4').tobytes()).hexdigest()[:16] == golden
+
 
 @pytest.mark.parametrize('options', SHAPES)
 def test_close_to_the_float_model(options):
@@ -129,10 +127,10 @@ def test_int8_products(monkeypatch, levels):
     """One limb of the weights, two, or too many: the same integers as in float."""
     model, x = tiny(), torch.from_numpy(rows(3, 48)[:, :-1])
     want = build(model, levels).forward(x)
-    monkeypatch.setattr(exact, 'INT8_FROM', 1)
-    monkeypatch.setattr(exact, 'INT8_ROWS', 50)
+    monkeypatch.setattr(layers, 'INT8_FROM', 1)
+    monkeypatch.setattr(layers, 'INT8_ROWS', 50)
     e = build(model, levels)
-    assert {len(b['attention.proj']['limbs']) for b in e.blocks} == {{50: 1, 1000: 2, 30000: 0}[levels]}
+    assert {len(block.mixer.proj.limbs) for block in e.blocks} == {{50: 1, 1000: 2, 30000: 0}[levels]}
     assert torch.equal(e.forward(x), want)
 
 
@@ -141,7 +139,7 @@ def test_attention_in_pieces(monkeypatch):
     e = build(tiny())
     x = torch.from_numpy(rows(2, 48)[:, :-1])
     want = e.forward(x)
-    monkeypatch.setattr(exact, 'SCORES_AT_ONCE', 2 * 2 * 48 * 5)
+    monkeypatch.setattr(layers, 'SCORES_AT_ONCE', 2 * 2 * 48 * 5)
     assert torch.equal(e.forward(x), want)
 
 
@@ -172,7 +170,7 @@ def test_a_mixing_is_the_float_models(expansion):
     with torch.no_grad():
         h = model.embed(x)
         want = h + model.blocks[0].mixer(model.blocks[0].norm1(h))
-    got = e._mix(e.embed[x], e.blocks[0], None, 0, 48)
+    got = e.blocks[0].mixer(e.embed[x], None, 0, 48)
     assert float((got - want).abs().max()) < 2 ** -9 * float((want - h).abs().max())
 
 
@@ -181,31 +179,32 @@ def test_triangles_are_those_of_the_mixer():
     mix = Triangles(12, groups=3)
     with torch.no_grad():
         mix.weight.copy_(torch.arange(mix.weight.numel()).view_as(mix.weight))
-    assert np.array_equal(exact.triangles(mix.weight.detach().numpy(), 12), mix.matrices()[:, 0].detach().numpy())
+    assert np.array_equal(sites.triangles(mix.weight.detach().numpy(), 12), mix.matrices()[:, 0].detach().numpy())
 
 
 def test_bounds_are_proven_from_the_weights():
     """The clamp times a row's absolute sum stays below 2^24, or below 2^53 when wide; more is refused."""
     q = np.array([[100, -27], [3, 4]])
-    assert exact.product_limit(100 * q, False) == ((1 << 24) - 1) // 12700
-    assert exact.product_limit(q, False) == exact.LIMB_LIMIT and exact.product_limit(q, True) == exact.WIDE_LIMIT
+    assert sites.product_limit(100 * q, False) == ((1 << 24) - 1) // 12700
+    assert sites.product_limit(q, False) == sites.LIMB_LIMIT and sites.product_limit(q, True) == sites.WIDE_LIMIT
     with pytest.raises(ValueError, match='fewer bits'):
-        exact.product_limit(np.full((1, 1 << 14), 1 << 20), True)
+        sites.product_limit(np.full((1, 1 << 14), 1 << 20), True)
     for head_width, block_size in ((16, 256), (64, 2048), (128, 32768)):
-        qk, v, total = exact.attention_limits(False, head_width, block_size)
+        qk, v, total = sites.attention_limits(False, head_width, block_size)
         assert head_width * qk * qk < 1 << 24 and (total + block_size // 2 + 2) * v < 1 << 24
     for width in (32, 256, 1600):
-        assert width * (2 * (1 << exact.norm_bits(width))) ** 2 <= 1 << 53
+        assert width * (2 * (1 << sites.norm_bits(width))) ** 2 <= 1 << 53
 
 
 @pytest.mark.parametrize('levels', [30, 30000])
 def test_bounds_of_mixings(levels):
     """No sum of a mixer's weights times the clamp of what they mix reaches 2^24, or 2^53 when wide."""
-    for b in build(tiny(block_type='multihead_mixer', expansion=2), levels).blocks:
-        for p in (b['mix'], b['mix_down']):
-            top = 1 << {torch.float32: 24, torch.float64: 53}[p['dtype']]
-            assert 1 < p['limit'] and int(p['weight'].double().abs().sum(-1).max()) * p['limit'] < top
-            assert bool((p['weight'].triu(1) == 0).all())
+    for block in build(tiny(block_type='multihead_mixer', expansion=2), levels).blocks:
+        for product in (block.mixer.mixing, block.mixer.mixing_down):
+            top = 1 << {torch.float32: 24, torch.float64: 53}[product.dtype]
+            limit = product.input.limit
+            assert 1 < limit and int(product.weight.double().abs().sum(-1).max()) * limit < top
+            assert bool((product.weight.triu(1) == 0).all())
 
 
 @pytest.mark.parametrize('options', [
@@ -213,7 +212,7 @@ def test_bounds_of_mixings(levels):
 def test_extreme_activations_stay_exact(options):
     """Sites far too fine drive every activation into its clamp: stepwise, parallel and float64 still agree."""
     args, tensors = integers(tiny(**options))
-    codes, wide = weights.fit_sites(args, tensors, rows(4, 48)[:, :-1])
+    codes, wide = exact.fit_sites(args, tensors, rows(4, 48)[:, :-1])
     e, double = (exact.Exact(args, tensors, [c + 12 for c in codes], wide, float64_only=f) for f in (False, True))
     x = torch.from_numpy(rows(3, 48)[:, :-1])
     cache, want = e.cache(), e.forward(x)
@@ -225,9 +224,9 @@ def test_known_answer_falls_back(monkeypatch):
     """A device whose float32 sums are not exact runs everything in float64, with the same integers."""
     model = tiny()
     want = build(model).forward(torch.from_numpy(rows(2, 48)[:, :-1]))
-    monkeypatch.setattr(exact, 'known_answer', lambda device: (torch.float64,))
+    monkeypatch.setattr(arithmetic, 'known_answer', lambda device: (torch.float64,))
     e = build(model)
-    assert e.head['run'] is torch.float64
+    assert e.head.run is torch.float64
     assert torch.equal(e.forward(torch.from_numpy(rows(2, 48)[:, :-1])).float(), want)
 
 

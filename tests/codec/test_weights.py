@@ -70,9 +70,9 @@ def test_round_trip(options, spread, density, top):
 def test_split_into_buckets():
     """Buckets and places name every magnitude once."""
     q = np.concatenate((np.arange(-40, 41), [-32768, 32768, 12345]))
-    bucket, place = weights._split(q)
-    assert np.array_equal(weights._START[bucket] + place, np.abs(q))
-    assert (place < weights._WIDTH[bucket]).all() and (place >= 0).all()
+    bucket, place = weights.split(q)
+    assert np.array_equal(weights.BUCKET_START[bucket] + place, np.abs(q))
+    assert (place < weights.BUCKET_WIDTH[bucket]).all() and (place >= 0).all()
 
 
 def test_cost_is_near_the_entropy():

@@ -1,4 +1,4 @@
-"""qat.py: what is trained on a grid is what compress.py writes; the estimate of bits and its gradient; resume."""
+"""grid.py: what is trained on a grid is what compress.py writes; the estimate of bits and its gradient; resume."""
 import math
 import os
 
@@ -10,8 +10,8 @@ from test_train import THREE_PHASES, assert_resumes, stop_at
 import compress
 import runs
 import score
-from codec import grid as qat
 from codec import weights
+from codec.grid import Grid, choose_codes
 from configurator import UserError
 from corpus.data import open_split
 from model import GPT, ModelConfig, build, model_args
@@ -33,7 +33,7 @@ def small(**options):
 
 
 def grid_of(model, x, y, bits=4.0):
-    return qat.Grid(dict(model.named_parameters()), qat.choose_codes(model, bits, x, y))
+    return Grid(dict(model.named_parameters()), choose_codes(model, bits, x, y), 0.01)
 
 
 @pytest.mark.parametrize('options', OPTIONS)
@@ -42,7 +42,7 @@ def test_rounded_weights_are_multiples_of_the_steps_that_are_written(options):
     model, x, y = small(**options)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     grid = grid_of(model, x, y)
-    grid.round()
+    grid.before_forward()
     folded = weights.fold(model.state_dict(), model_args(model))
     fisher = {n: np.ones_like(w) for n, w in folded.items()}
     tensors = weights.quantise(folded, fisher, 1e-6, {n: c.numpy() for n, c in grid.codes.items()})
@@ -53,7 +53,7 @@ def test_rounded_weights_are_multiples_of_the_steps_that_are_written(options):
             assert np.allclose(value, folded[n], rtol=1e-5, atol=1e-9), n
     changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
     assert set(changed) >= set(grid.codes) and all(n in grid.codes or n == 'head.weight' for n in changed)
-    grid.restore()
+    grid.after_backward()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
@@ -63,33 +63,37 @@ def test_codes_spend_the_bits_asked_for():
     sizes = []
     for bits in (3.0, 5.0):
         grid = grid_of(model, x, y, bits)
-        grid.round()
+        grid.before_forward()
         folded = weights.fold(model.state_dict(), model_args(model))
         tensors = weights.quantise(folded, {n: np.ones_like(w) for n, w in folded.items()}, 1e-3,
                                    {n: c.numpy() for n, c in grid.codes.items()})
         n = sum(w.size for w in folded.values())
         sizes.append(8 * len(weights.encode(tensors, model_args(model))) / n)
-        grid.restore()
+        grid.after_backward()
     assert sizes[0] == pytest.approx(3, abs=0.4) and sizes[1] == pytest.approx(5, abs=0.4)
 
 
+def scales_of(grid):
+    return [matrix.scale() for matrix in grid.matrices]
+
+
 def estimated_bits(w, step):
-    """The estimate whose gradient pull() adds: a row of n weights costs n·log2(1 + 2e·mean|w|/s)."""
+    """The estimate whose gradient edit() adds: a row of n weights costs n·log2(1 + 2e·mean|w|/s)."""
     return w.size(1) * torch.log2(1 + 2 * math.e * w.abs().mean(1) / step[:, 0])
 
 
 @pytest.mark.parametrize('options', OPTIONS)
-def test_pull_is_the_gradient_of_the_estimate(options):
+def test_edit_adds_the_gradient_of_the_estimate(options):
     """Autograd through the folded weights agrees."""
     model, x, y = small(**options)
     grid, named = grid_of(model, x, y), dict(model.named_parameters())
     total = sum(estimated_bits(named[n] if g is None else named[n] * g, s).sum()
-                for n, s, g in zip(grid.codes, grid.steps, grid.gains))
+                for n, s, g in ((n, m.steps, m.gain) for n, m in zip(grid.codes, grid.matrices)))
     expected = torch.autograd.grad(total * 0.01, [named[n] for n in grid.codes])
-    theta = list(named.values())
-    grads = [torch.zeros_like(p) for p in theta]
-    grid.pull(theta, grads, dict(bits_rate=0.01))
-    found = {n: g for n, g in zip(named, grads)}
+    for p in named.values():
+        p.grad = torch.zeros_like(p)
+    grid.edit()
+    found = {n: p.grad for n, p in named.items()}
     for n, e in zip(grid.codes, expected):
         assert torch.allclose(found[n], e, rtol=1e-4, atol=1e-9), n
     assert not any(found[n].any() for n in named if n not in grid.codes)
@@ -148,41 +152,42 @@ def test_a_penalty_on_bits_makes_smaller_weights(train_tiny, tmp_path):
 def test_training_goes_through_the_grid(train_tiny, tmp_path, monkeypatch):
     """Each step sees rounded weights and moves the ones behind them, by no more than its rate; best.pt is rounded."""
     grids, seen, moved, rates = [], [], [], []
-    real_init, real_round, real_pull, real_forward = (qat.Grid.__init__, qat.Grid.round, qat.Grid.pull, GPT.forward)
+    real_init, real_before, real_edit = Grid.__init__, Grid.before_forward, Grid.edit
+    real_forward = GPT.forward
 
     def off_grid(theta, scales):
         return max(float((p / s - (p / s).round()).abs().max()) for p, s in zip(theta, scales))
 
-    def init(self, named_params, codes):
-        real_init(self, named_params, codes)
+    def init(self, named_params, codes, rate):
+        real_init(self, named_params, codes, rate)
         grids.append(self)
         self.last = None
 
-    def rounding(self):
+    def before_forward(self):
         if self.theta and self.last and len(moved) < 5:
             moved.append(max(float((p - q).abs().max()) for p, q in zip(self.theta, self.last)))
-        real_round(self)
+        real_before(self)
         self.last = [p.clone() for p in self.behind]
 
-    def pull(self, theta, grad, state):
-        rates.append(state['bits_rate'])
-        real_pull(self, theta, grad, state)
+    def edit(self):
+        rates.append(self.rate)
+        real_edit(self)
 
     def forward(self, *args):
         if self.training and grids and grids[-1].theta:
-            seen.append(off_grid(grids[-1].theta, grids[-1].scales()))
+            seen.append(off_grid(grids[-1].theta, scales_of(grids[-1])))
         return real_forward(self, *args)
-    for owner, name, spy in ((qat.Grid, '__init__', init), (qat.Grid, 'round', rounding), (qat.Grid, 'pull', pull),
+    for owner, name, spy in ((Grid, '__init__', init), (Grid, 'before_forward', before_forward), (Grid, 'edit', edit),
                              (GPT, 'forward', forward)):
         monkeypatch.setattr(owner, name, spy)
     assert train_tiny('--epochs=0', '--max_iters=0', '--epochs_fine_tuning=1', '--bits_lambda=3', *GRID,
                       '--learning_rate=1e-5', '--norm=rmsnorm') == 0
     assert len(seen) == len(rates) == 16 and max(seen) < 1e-3
-    assert moved and 0 < max(moved) < 2e-5 < 0.01 * max(float(s.max()) for s in grids[-1].scales())
+    assert moved and 0 < max(moved) < 2e-5 < 0.01 * max(float(s.max()) for s in scales_of(grids[-1]))
     assert rates[0] == pytest.approx(3 * math.log(2) / 4096)
     best = runs.load_checkpoint(os.path.join(tmp_path, 'run', 'best.pt'))
-    kept = qat.Grid(best['model'], best['grid'])
-    assert off_grid(kept.theta, kept.scales()) < 1e-3
+    kept = Grid(best['model'], best['grid'])
+    assert off_grid(kept.theta, scales_of(kept)) < 1e-3
 
 
 @pytest.mark.parametrize('stop', (18, 20))

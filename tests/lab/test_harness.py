@@ -41,7 +41,7 @@ def nats(model, context, target):
 def test_scores_are_one_forward_per_token(saved, rows):
     """Contexts long and short, empty, with spaces at the end; continuations of several bytes; greedy or not."""
     path, model = saved
-    scorer = harness.Scorer(*runs.load_model(path), OneProcess(), rows)
+    scorer = harness.Scorer(*runs.load_model(path), OneProcess(), rows, 256, path)
     pairs = [('one two', ' three'), ('', 'abc'), ('x' * 50, ' yz'), ('a b ', 'c'), ('é', 'ü')]
     best = bytes([int(model(torch.tensor([[10, 97]]))[0, -1].argmax())]).decode('latin-1')
     found = scorer.loglikelihood(asked(*pairs, ('\na', best)))
@@ -64,7 +64,7 @@ def test_scores_are_one_forward_per_token(saved, rows):
 def test_generation_is_greedy_and_stops(saved):
     """Bytes of highest probability, cut before the stop string."""
     path, model = saved
-    scorer, ids, text = harness.Scorer(*runs.load_model(path), OneProcess(), 2), list(b'\nab'), b''
+    scorer, ids, text = harness.Scorer(*runs.load_model(path), OneProcess(), 2, 256, path), list(b'\nab'), b''
     with torch.no_grad():
         for _ in range(6):
             text += bytes([int(model(torch.tensor([ids + list(text)]))[0, -1].argmax())])
@@ -79,7 +79,7 @@ def test_refusals(saved, tmp_path):
     for flags, words in (((), 'from_ckpt is empty'), ((f'--from_ckpt={saved[0]}',), 'tasks is empty'),
                          ((f'--from_ckpt={saved[0]}', '--tasks=a', '--task_folder=none'), 'is no folder')):
         with pytest.raises(UserError, match=words):
-            harness.main(list(flags))
+            run_here('lab/harness.py', *flags)
 
 
 def test_through_lm_eval(saved, tmp_path, capsys, monkeypatch):
@@ -104,11 +104,11 @@ doc_to_target: "{{text}}"
 metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
 ''')
     argv = ['--tasks=tiny_choice,tiny_text', f'--task_folder={tmp_path}', '--device=cpu', '--out_dir=o']
-    assert harness.main([f'--from_ckpt={saved[0]}', *argv]) == 0
+    assert run_here('lab/harness.py', f'--from_ckpt={saved[0]}', *argv) == 0
     assert 'tiny_choice' in capsys.readouterr().out
     mine = runs.read_run('o')
     with pytest.raises(UserError, match="knows no task 'nothing'"):
-        harness.main([f'--from_ckpt={saved[0]}', *argv, '--tasks=nothing'])
+        run_here('lab/harness.py', f'--from_ckpt={saved[0]}', *argv, '--tasks=nothing')
     pytest.importorskip('accelerate')               # what lm_eval's own hf model needs
     run_here('runs.py', 'export', saved[0], 'hf')
     theirs = lm_eval.simple_evaluate('hf', model_args=dict(

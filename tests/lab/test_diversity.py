@@ -1,11 +1,12 @@
 """lab/diversity.py: the fast Fisher against autograd per sequence, the layout, distances, bounds, protocol, resume."""
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_dataset
+from conftest import TINY, run_here, write_dataset
 from torch.nn import functional as F
 
 import runs
@@ -23,6 +24,10 @@ def tiny_model(**options):
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval().requires_grad_(False)
+
+
+PROTOCOL = diversity.Protocol(n_sequences=64, sequence_length=32, head_epochs=10, head_batch_size=8,
+                              head_learning_rate=1e-2, seed=0)
 
 
 def exact_fisher(model, head, x, targets):
@@ -51,7 +56,7 @@ def exact_fisher(model, head, x, targets):
     dict(), dict(positions='learned', tied=True, activation='gelu_tanh'), dict(positions='rotary', norm='rmsnorm'),
     dict(qk_norm=True, bias=False, positions='rotary', activation='relu2')])
 @pytest.mark.parametrize('micro', [1, 3, 8])
-def test_fast_fisher_is_the_exact_one(options, micro, monkeypatch):
+def test_fast_fisher_is_the_exact_one(options, micro):
     model = tiny_model(**options)
     x, uniforms = torch.randint(0, 50, (8, 12)), torch.rand(8, 12)
     head = torch.randn(50, 16)
@@ -114,13 +119,12 @@ def test_gpt2_small_has_134_993_numbers():
     assert [n for n, _ in diversity.fisher_layers(model)][:3] == ['embed', 'position', 'blocks.0.norm1']
 
 
-def test_head_is_fitted_apart_from_the_embedding(monkeypatch):
+def test_head_is_fitted_apart_from_the_embedding():
     """The body, tied embedding included, stays what it was; the fitted head predicts the batch better."""
     model = tiny_model(tied=True, positions='learned')
     before = {n: t.clone() for n, t in model.state_dict().items()}
     x, y = torch.randint(0, 5, (16, 12)), torch.randint(0, 5, (16, 12))
-    monkeypatch.setattr(diversity, 'head_learning_rate', 1e-2)
-    head = diversity.fit_head(model, x, y, 4, torch.Generator().manual_seed(0))
+    head = diversity.fit_head(model, x, y, 4, torch.Generator().manual_seed(0), PROTOCOL)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     loss = lambda w: F.cross_entropy((model.hidden(x) @ w.T).flatten(0, 1), y.flatten())                    # noqa: E731
     assert loss(head) < 0.5 * loss(model.head.weight)
@@ -148,7 +152,7 @@ def test_companions():
     assert diversity.ngram_diversity(np.array(list('abcabcabc')), 3) == pytest.approx(3 / 7)
     assert diversity.jaccard(np.array(['a', 'b', 'b', 'c']), np.array(['b', 'd'])) == pytest.approx(1 / 4)
     data = bins.Bin(np.frombuffer(b'two words  and\nmore', np.uint8))
-    assert diversity.units_of(data).tolist() == [b'two', b'words', b'and', b'more']
+    assert diversity.units_of(data, 100).tolist() == [b'two', b'words', b'and', b'more']
 
 
 # --- the script ---
@@ -169,8 +173,8 @@ SMALL = ('--n_batches=3', '--n_sequences=16', '--sequence_length=32', '--head_ep
 
 
 def measure(home, out, *flags):
-    return diversity.main([f'--data_dir={home / "data"}', f'--probe={home / "probe"}', f'--out_dir={out}', *SMALL,
-                           *flags])
+    return run_here('lab/diversity.py', f'--data_dir={home / "data"}', f'--probe={home / "probe"}', f'--out_dir={out}',
+                    *SMALL, *flags)
 
 
 def test_numbers_travel_with_their_protocol(home, tmp_path, capsys):
@@ -194,39 +198,50 @@ def test_numbers_travel_with_their_protocol(home, tmp_path, capsys):
 
 def test_interrupted_measurement_goes_on_and_later_sets_join(home, tmp_path, monkeypatch):
     assert measure(home, tmp_path / 'whole', '--dataset=one,two') == 0
-    real, n = diversity.embed, [0]
+    real, kept = os.replace, []
 
-    def embed(*args):
-        n[0] += 1
-        if n[0] == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(diversity, 'embed', embed)
+    def keep(path, target):
+        """The third embedding is interrupted before it is kept."""
+        if target.endswith('.npy'):
+            kept.append(target)
+            if len(kept) == 3:
+                raise KeyboardInterrupt
+        real(path, target)
+    monkeypatch.setattr(os, 'replace', keep)
     with pytest.raises(KeyboardInterrupt):
         measure(home, tmp_path / 'd', '--dataset=one')
     measure(home, tmp_path / 'd', '--dataset=one')
-    assert n[0] == 4                                        # two kept, the third asked for twice
+    assert len(kept) == 4                                   # two kept, the third asked for twice
     measure(home, tmp_path / 'd', '--dataset=one,two')
-    assert n[0] == 7                                        # those of two alone
+    assert len(kept) == 7                                   # those of two alone
     whole, mine = (runs.read_run(str(tmp_path / name)) for name in ('whole', 'd'))
     assert whole['rows'] == mine['rows'] and whole['cross'] == mine['cross']
 
 
-def test_constant_text_and_random_tokens_enclose_real_text(home, tmp_path, capsys, monkeypatch):
+def test_constant_text_and_random_tokens_enclose_real_text(home, tmp_path, capsys):
     """The self-test of the measure, at the size where random tokens are a bound: 512 of them miss 13 % of 256 ids."""
     assert measure(home, tmp_path / 'd', '--dataset=one', '--bounds', '--n_batches=6') == 0
     found = {row['data']: row['diversity'] for row in runs.read_run(str(tmp_path / 'd'))['rows']}
     assert found['constant'] < found['one'] < found['random'] and 'no upper bound' not in capsys.readouterr().out
-    values = iter([0.5, 0.5, 0.1, 0.1, 0.3, 0.3])           # of one, constant and random tokens, whole and body
-    monkeypatch.setattr(diversity, 'coefficient', lambda found: dict(diversity=next(values), n_batches=3))
-    assert measure(home, tmp_path / 'many', '--dataset=one', '--bounds', '--n_sequences=64', '--head_epochs=0') == 0
+    diversity.check_bounds(of_diversities(0.5, 0.1, 0.3), 256, PROTOCOL)
     assert 'random tokens are no upper bound here: 2,048 of them hold all 256' in capsys.readouterr().out
 
 
-def test_a_measure_that_fails_its_self_test_says_so(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(diversity, 'distance', lambda a, b: 0.5)
+def of_diversities(*values):
+    return [dict(diversity=value) for value in values]
+
+
+def test_a_measure_that_fails_its_self_test_says_so(home, tmp_path):
+    """By itself, and as the script ends: here with kept embeddings that were all made one."""
+    short = replace(PROTOCOL, n_sequences=16)
     with pytest.raises(UserError, match='constant text .0.5000. is not below the others.*random tokens'):
-        measure(home, tmp_path / 'd', '--dataset=one', '--bounds')
+        diversity.check_bounds(of_diversities(0.5, 0.5, 0.5), 256, short)
+    flags = ('--dataset=one', '--bounds', '--n_batches=2')
+    measure(home, tmp_path / 'd', *flags)
+    for path in (tmp_path / 'd').glob('*/*.npy'):
+        np.save(path, np.ones_like(np.load(path)))
+    with pytest.raises(UserError, match='constant text .0.0000. is not below the others.*random tokens'):
+        measure(home, tmp_path / 'd', *flags)
 
 
 def test_another_protocol_is_refused(home, tmp_path):
