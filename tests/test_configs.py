@@ -1,5 +1,6 @@
 """Shipped configs load and would start; what documents, the Makefile and slurm/ name is there."""
 import fnmatch
+import functools
 import glob
 import importlib.util
 import itertools
@@ -43,6 +44,12 @@ def head_of(path):
     return list(itertools.takewhile(lambda line: line.startswith('#'), read(path).splitlines()))
 
 
+@functools.cache
+def knobs_of(script):
+    """Return {knob: default} of a script, given as a path below the root."""
+    return configurator.knobs_of(os.path.join(ROOT, script))[0]
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line of a document: its script (a path below the root), what follows, and its number of processes."""
@@ -80,7 +87,7 @@ class Command:
             yield from (f'no list {word}' for word in missing)
             return
         script = 'train.py' if self.script.endswith('.sbatch') else self.script
-        knobs = configurator.knobs_of(os.path.join(ROOT, script))[0]
+        knobs = knobs_of(script)
         for word in self.argv:
             if word.startswith('config/') and not os.path.isfile(os.path.join(ROOT, word)) and word != 'config/mine.py':
                 yield f'no config {word}'
@@ -98,15 +105,14 @@ def commands_in(text):
 
 
 def load(command):
-    """Load a command's knobs as its script would and return them. Raises UserError."""
-    path = os.path.join(ROOT, command.script)
+    """Load the knobs of a command and return them. Raises UserError.
+
+    Verbs and their paths are left out; a config that lab/bench.py times is one of train.py.
+    """
+    script = 'train.py' if command.script == 'lab/bench.py' else command.script
     argv = [os.path.join(ROOT, word) if word in CONFIGS else word for word in command.argv]
-    takes_verbs = 'verbs=VERBS' in read(command.script)
-    if takes_verbs:
-        argv = [word for word in argv if word.startswith('--') or word.endswith('.py')]
-    found = re.search(r"fields_of='([\w.]+)'", read(command.script))
-    return configurator.configure(dict(__file__=path, __doc__='', __name__='__main__'), argv,
-                                  fields_of=found[1] if found else '')
+    argv = [word for word in argv if word.startswith('--') or word.endswith('.py')]
+    return configurator.configure(dict(__file__=os.path.join(ROOT, script), __doc__=''), argv)
 
 
 def test_every_config_loads_and_would_start(tmp_path, monkeypatch, capsys):
@@ -119,7 +125,7 @@ def test_every_config_loads_and_would_start(tmp_path, monkeypatch, capsys):
     problems = []
     folders = {}
     for command in {c.text: c for path in CONFIGS for c in commands_in('\n'.join(head_of(path)))}.values():
-        if not any(word in CONFIGS for word in command.argv) or command.script == 'lab/bench.py':
+        if not any(word in CONFIGS for word in command.argv):
             continue
         try:
             values = load(command)
@@ -190,14 +196,13 @@ def test_old_names_of_configs_are_answered_with_the_new():
     problems = []
     for old, new in rows:
         path, *flags = new.split()
-        if os.path.exists(os.path.join(ROOT, old)) or path not in CONFIGS:
+        launch = next(commands_in('\n'.join(head_of(path))), None) if path in CONFIGS else None
+        if os.path.exists(os.path.join(ROOT, old)) or not launch:
             problems.append(f'{old} is there, or {path} is not')
             continue
-        launch = next(commands_in('\n'.join(head_of(path))))
-        script = 'train.py' if launch.script == 'lab/bench.py' else launch.script
         try:
-            load(Command(new, script, (path, *flags)))
-            load(Command(old, script, (old,)))
+            load(Command(new, launch.script, (path, *flags)))
+            load(Command(old, launch.script, (old,)))
         except configurator.UserError as e:
             if new not in str(e):
                 problems.append(f'{old}: {e}')
