@@ -1,7 +1,7 @@
 """Turn a trained model and a file into one archive that decodes bit for bit; or learn while coding and store no model.
 
     python compress.py pack out/RUN/ckpt.pt FILE [ARCHIVE]    two-part: quantised model + data; decodes on any machine
-    python compress.py online FILE [ARCHIVE] [config/online.py]   learns while it codes: no weights, one machine type
+    python compress.py online FILE [ARCHIVE] [config/records/online.py]   learns while it codes; no weights, one machine
     python compress.py unpack ARCHIVE [FILE]                  both kinds; - is standard input or output
     python compress.py verify ARCHIVE FILE                    decode and compare
     python compress.py info ARCHIVE                           sections, bits per byte, bits per weight, settings

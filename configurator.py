@@ -24,8 +24,7 @@ RETIRED = {
     'decoupled': (False, 'the penalty goes through the optimiser, as published'),
     'tokens_per_second': (0.0, '--check prints hours for two speeds'),
 }
-# Config files of earlier versions, by their path below the repository: {old: what is given in its place}.
-RENAMED_CONFIGS = {}
+
 
 
 def knobs_of(path):
@@ -163,13 +162,16 @@ def unknown(name, defaults, where):
     return UserError(f'{where}: unknown knob {name!r}; {hint}')
 
 
-def where_instead(path):
-    """Say that a config file does not exist, and what stands in its place where an earlier version had it."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    name = os.path.relpath(os.path.abspath(path), here).replace(os.sep, '/')
-    if name in RENAMED_CONFIGS:
-        return f'is now {RENAMED_CONFIGS[name]}'
-    return 'does not exist; shipped ones are in config/'
+def name_today(path):
+    """Return what docs/names.md calls a config file of an earlier version today, '' where it says nothing."""
+    old = f'`config/{os.path.basename(path)}`'
+    table = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'docs', 'names.md')
+    try:
+        with open(table, encoding='utf-8') as f:
+            rows = [[cell.strip() for cell in line.split('|')] for line in f if line.startswith('|')]
+    except OSError:
+        return ''
+    return ''.join(row[2].strip('`') for row in rows if row[1] == old)
 
 
 def run_config_file(path, values, defaults):
@@ -178,7 +180,9 @@ def run_config_file(path, values, defaults):
         with open(path, encoding='utf-8') as f:
             code = compile(f.read(), path, 'exec')
     except FileNotFoundError:
-        raise UserError(f'config file {path!r} {where_instead(path)}') from None
+        now = name_today(path)
+        hint = f'it is now {now}' if now else 'shipped ones are in config/'
+        raise UserError(f'config file {path!r} does not exist; {hint}') from None
     except SyntaxError as e:
         raise UserError(f'{path}:{e.lineno}: not valid Python: {e.msg}') from None
     except ValueError as e:                     # not UTF-8, or a null byte

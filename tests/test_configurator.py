@@ -114,13 +114,12 @@ def test_config_file_that_is_not_text_is_one_line(script, tmp_path):
 
 
 def test_a_config_that_has_moved_is_named_with_its_new_place(script, monkeypatch):
-    """A command of an older README says what to type today, from any working folder."""
-    monkeypatch.setitem(configurator.RENAMED_CONFIGS, 'config/old.py', 'config/study/new.py')
+    """A command of an older README says what to type today, from any working folder; docs/names.md knows."""
     monkeypatch.chdir(ROOT)
-    for path in ('config/old.py', os.path.join(ROOT, 'config', 'old.py')):
+    for path in ('config/metadata_url.py', os.path.join(ROOT, 'config', 'metadata_url.py')):
         with pytest.raises(UserError) as e:
             configure(script, [path])
-        assert str(e.value) == f"config file '{path}' is now config/study/new.py"
+        assert str(e.value).startswith(f"config file '{path}' does not exist; it is now config/")
     with pytest.raises(UserError, match='does not exist; shipped ones are in config/'):
         configure(script, ['config/other_old.py'])
 
