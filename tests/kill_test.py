@@ -312,7 +312,7 @@ def online_test(work, n_interrupts, seed):
     rng = random.Random(seed)
     names = {name: os.path.join(work, name) for name in ('text', 'whole', 'broken', 'decoded', 'state')}
     with open(names['text'], 'wb') as f:
-        f.write(make_text(1500 * n_interrupts + 6000))
+        f.write(make_text(2500 * n_interrupts + 6000))
     code = start(['-c', COMPRESS, 'online', names['text'], names['whole'], *ONLINE], names['whole']).wait(LIMIT_SECONDS)
     if code:
         return [f'coding failed: {tail_of(names["whole"])}']
