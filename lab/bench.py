@@ -160,7 +160,7 @@ def training_step(config, env, n_rows, procedure='vanilla', pmmp_state='exact', 
         running.project()
         masks.on_weights()
         forget_gradients(optimizers)
-        return nats.tolist(), float(grad_norm), float(penalised_norm)
+        return float(nats), float(grad_norm), float(penalised_norm)
     return step
 
 
@@ -493,7 +493,7 @@ def bench_codec(checkpoint, path, weight_bits):
             if container.read_input(decoded) != raw:
                 raise UserError(f'the archive decodes to other bytes with {n} threads')
         single, _ = pack(checkpoint, path, archives[2], weight_bits, '--no-progress', '--streams=1')
-    n_bytes_single = len(container.read_archive(single)[3]['data'])
+    n_bytes_single = len(container.read_archive(single, path)[3]['data'])
     facts = archive_facts(checkpoint, raw, data, computed, n_bytes_single, path)
     print(markdown([dict(what=name, value=value) for name, value in facts.items()], ('what', 'value')))
     return rows
