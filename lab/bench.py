@@ -36,7 +36,17 @@ weight_bits = 0.0               # codec: bits per non-zero weight, as in compres
 json_path = 'bench.json'        # '' = print only
 # -----------------------------------------------------------------------------
 
-VERBS = dict(procedures=0, plain=0, step=1, distil=0, mixture=0, mixer=0, data=0, evaluation=0, codec=2)
+VERBS = {
+    'procedures': 0,
+    'plain': 0,
+    'step': 1,
+    'distil': 0,
+    'mixture': 0,
+    'mixer': 0,
+    'data': 0,
+    'evaluation': 0,
+    'codec': 2,
+}
 verb, paths, config = configure(globals(), verbs=VERBS)
 
 import numpy as np
@@ -64,6 +74,7 @@ from training.step import accumulate, clip, forget_gradients, unscale, update
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RATE = 1e-4                     # of learning: its value costs no time
+STRENGTH = 1e-7                 # of a penalty, likewise
 
 
 # --- measuring ---
@@ -111,16 +122,28 @@ def gpt2_config(**changes):
 def random_rows(config, n_rows):
     """Return inputs and targets (n_rows, T) of random ids, as data are gathered."""
     ids = torch.randint(config.vocab_size, (n_rows, config.block_size + 1)).numpy()
-    return ids[:, :-1].copy(), ids[:, 1:].copy()
+    x = ids[:, :-1].copy()
+    y = ids[:, 1:].copy()
+    return x, y
+
+
+def random_tokens(n_tokens, vocab_size=256, dtype=np.uint8, name=''):
+    """Return a split of random ids in memory."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=n_tokens, dtype=dtype)
+    return Bin(ids, vocab_size, name=name)
 
 
 def make_running(model, name, pmmp_state, grid_bits, make_adamw, x, y):
     """Return a procedure of train.py, or a grid of so many bits, begun on a model."""
     if grid_bits:
-        return Grid(dict(model.named_parameters()), choose_codes(model, grid_bits, x, y), 1e-7)
-    knobs = SimpleNamespace(alpha=1e-7, beta=5.0, initial_p_value=1.0, initial_u_value=0.0, pmmp_state=pmmp_state)
+        codes = choose_codes(model, grid_bits, x, y)
+        return Grid(dict(model.named_parameters()), codes, STRENGTH)
+    knobs = SimpleNamespace(**train.config)
+    knobs.alpha = STRENGTH
+    knobs.pmmp_state = pmmp_state
     running = train.make_procedure(name, knobs)
-    running.begin(sparse.regularised(model, 'matrices'), functools.partial(make_adamw, weight_decay=0.0))
+    penalised = sparse.regularised(model, 'matrices')
+    running.begin(penalised, functools.partial(make_adamw, weight_decay=0.0))
     return running
 
 
@@ -173,7 +196,8 @@ def distillation_step(config, teacher, knobs, env, n_rows):
     step_module, set_sync = parallelise(module, env, compile=True)
     params = dict(student.named_parameters())
     tensors = list(params.values())
-    optimizers = make_optimizers(params, functools.partial(torch.optim.AdamW, lr=RATE, fused=True))
+    make_adamw = functools.partial(torch.optim.AdamW, lr=RATE, fused=True)
+    optimizers = make_optimizers(params, make_adamw)
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
     x, y = random_rows(config, n_rows)
 
@@ -197,6 +221,7 @@ class PlainBlock(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
+        self.head_width = C // config.n_head
         self.ln_1 = nn.LayerNorm(C)
         self.c_attn = nn.Linear(C, 3 * C)
         self.c_proj = nn.Linear(C, C)
@@ -206,33 +231,51 @@ class PlainBlock(nn.Module):
 
     def forward(self, x):
         B, T, C = x.size()
-        q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)             # (B, H, T, D)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        h = self.ln_1(x)
+        q, k, v = self.c_attn(h).split(C, dim=2)
+        by_head = (B, T, self.n_head, self.head_width)
+        q = q.view(by_head).transpose(1, 2)             # (B, H, T, D)
+        k = k.view(by_head).transpose(1, 2)
+        v = v.view(by_head).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-        return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        x = x + self.c_proj(y)
+        h = self.ln_2(x)
+        return x + self.c_out(F.gelu(self.c_fc(h)))
+
+
+class PlainGPT(nn.Module):
+    """A model as nanoGPT writes it; with targets y (B, T) the mean loss."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = nn.Embedding(config.block_size, C)
+        self.h = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(C)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+        self.register_buffer('position', torch.arange(config.block_size))
+
+    def forward(self, x, y):
+        h = self.wte(x) + self.wpe(self.position)
+        for block in self.h:
+            h = block(h)
+        logits = self.lm_head(self.ln_f(h)).flatten(0, 1)
+        return F.cross_entropy(logits, y.flatten(), ignore_index=-1)
 
 
 def plain_step(config, env, n_rows):
     """Return a step of the baseline: a nanoGPT-style model and loop written out, with fused AdamW."""
     torch.manual_seed(0)
-    C = config.n_embd
-    net = nn.ModuleDict(dict(
-        wte=nn.Embedding(config.vocab_size, C), wpe=nn.Embedding(config.block_size, C),
-        h=nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer)), ln_f=nn.LayerNorm(C),
-        lm_head=nn.Linear(C, config.vocab_size, bias=False))).to(env.device)
+    net = PlainGPT(config).to(env.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, fused=True)
-    ids = torch.randint(config.vocab_size, (n_rows, config.block_size + 1), device=env.device)
-    position = torch.arange(config.block_size, device=env.device)
+    x, y = random_rows(config, n_rows)
+    x = env.put(x)
+    y = env.put(y)
 
     def step():
-        h = net.wte(ids[:, :-1]) + net.wpe(position)
-        for block in net.h:
-            h = block(h)
-        logits = net.lm_head(net.ln_f(h))
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), ids[:, 1:].reshape(-1), ignore_index=-1)
+        loss = net(x, y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -255,10 +298,14 @@ def bench_procedures(env, rounds):
 
 def bench_plain(env, rounds):
     rows = []
-    for name, n_rows, T in (('transformer4.1m', 1, 256), ('transformer4.1m', 1, 2048), ('transformer800k', 8, 512)):
+    shapes = [('transformer4.1m', 1, 256),
+              ('transformer4.1m', 1, 2048),
+              ('transformer800k', 8, 512)]
+    for name, n_rows, T in shapes:
         config = size_config(name, T)
         steps = dict(plain=plain_step(config, env, n_rows), nanomdl=training_step(config, env, n_rows))
-        rows += ratio_rows(interleave(steps, rounds, env), 'plain', n_rows * T, f'{name}, batch {n_rows} x {T}')
+        seconds = interleave(steps, rounds, env)
+        rows += ratio_rows(seconds, 'plain', n_rows * T, f'{name}, batch {n_rows} x {T}')
     return rows
 
 
@@ -284,7 +331,7 @@ def bench_mixture(env, rounds):
     config = size_config('transformer200k', 256)
     n_rows = 16
     T = 256
-    sources = [Bin(np.random.default_rng(i).integers(256, size=10 ** 7, dtype=np.uint8), name=str(i)) for i in (1, 2)]
+    sources = [random_tokens(10 ** 7, name=name) for name in ('first', 'second')]
     step = training_step(config, env, n_rows)
     numbers = itertools.count()
 
@@ -298,7 +345,8 @@ def bench_mixture(env, rounds):
             env.put(y)
             return step()
         return draw_and_step
-    steps = {'one set': drawing(sources[0]), 'mixture of two': drawing(Mixture(sources, [0.5, 0.5], T))}
+    mixture = Mixture(sources, [0.5, 0.5], T)
+    steps = {'one set': drawing(sources[0]), 'mixture of two': drawing(mixture)}
     label = f'transformer200k, batch {n_rows} x {T}'
     return ratio_rows(interleave(steps, rounds, env), 'one set', n_rows * T, label)
 
@@ -306,7 +354,8 @@ def bench_mixture(env, rounds):
 def bench_mixer(env, rounds, n_rows=8, T=512, width=512):
     """Forward and backward of one block: attention, and mixers of the same width."""
     def step_of(**options):
-        block = Block(ModelConfig(block_size=T, n_embd=width, n_head=8, positions='none', **options)).to(env.device)
+        config = ModelConfig(block_size=T, n_embd=width, n_head=8, positions='none', **options)
+        block = Block(config).to(env.device)
         x = torch.randn(n_rows, T, width, device=env.device, requires_grad=True)
         for p in block.parameters():
             torch.nn.init.normal_(p, 0, 0.02)
@@ -325,18 +374,20 @@ def bench_mixer(env, rounds, n_rows=8, T=512, width=512):
 
 def bench_data(env, rounds):
     """Drawing a batch: nanoGPT's get_batch, whose rows overlap at random, and this project's three orders."""
-    tokens = np.random.default_rng(0).integers(50257, size=10 ** 7, dtype=np.uint16)
+    data = random_tokens(10 ** 7, 50257, np.uint16)
     n_rows = 64
     T = 1024
 
+    def rows_at(starts):
+        rows = [torch.from_numpy(data.tokens[i:i + T].astype(np.int64)) for i in starts]
+        return torch.stack(rows).to(env.device)
+
     def plain():
-        starts = torch.randint(len(tokens) - T, (n_rows,))
-        x = torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in starts])
-        return x.to(env.device), y.to(env.device)
+        starts = torch.randint(data.n_tokens - T, (n_rows,))
+        return rows_at(starts), rows_at(starts + 1)
 
     def ours(order):
-        batches = Batches(Bin(tokens, 50257), order, 0, n_rows, T)
+        batches = Batches(data, order, 0, n_rows, T)
         numbers = itertools.cycle(range(100))
 
         def draw():
@@ -354,14 +405,15 @@ def bench_evaluation(env, rounds):
     config = size_config('transformer800k', 256)
     T = 256
     model = GPT(config).to(env.device).eval()
-    data = Bin(np.random.default_rng(0).integers(256, size=64 * T, dtype=np.uint8))
+    data = random_tokens(64 * T)
     x, y = data.gather(np.arange(0, data.n_tokens, T), T)
 
     def plain():
         nats = 0.0
         with torch.no_grad(), env.autocast():
             for i in range(len(x)):
-                nats += F.cross_entropy(model(env.put(x[i:i + 1]))[0], env.put(y[i])).item()
+                logits = model(env.put(x[i:i + 1]))
+                nats += F.cross_entropy(logits[0], env.put(y[i])).item()
         return nats
     steps = {'a row at a time': plain}
     for n in (1, score.rows_per_forward(T)):
@@ -450,7 +502,8 @@ def archive_facts(checkpoint, raw, data, computed, n_bytes_single, path):
     model, _ = load_model(checkpoint)
     ids, _ = container.tokenize(raw, head['tokenizer'])
     x, y = compress.sample(ids, head['start_id'], head['args']['block_size'], 32)
-    fp32 = float(compress.float_bits(model.eval(), x, y).sum() * len(x) / y.size)
+    per_position = compress.float_bits(model.eval(), x, y)
+    fp32 = float(per_position.sum() * len(x) / y.size)
     integer = exact.code_length_bits(compress.load_model(head, sections), x, y) / y.size
     nonzeros = sparse.count_nonzero(model.parameters())
     n_weights_bytes = len(sections['wght'])
@@ -474,7 +527,8 @@ def bench_codec(checkpoint, path, weight_bits):
         started = time.perf_counter()
         result = job()
         seconds = time.perf_counter() - started
-        rows.append(dict(what=what, threads=n_threads, seconds=seconds, kilobytes_per_second=len(raw) / 1000 / seconds))
+        speed = len(raw) / 1000 / seconds
+        rows.append(dict(what=what, threads=n_threads, seconds=seconds, kilobytes_per_second=speed))
         return result
 
     with tempfile.TemporaryDirectory() as folder:
@@ -495,7 +549,8 @@ def bench_codec(checkpoint, path, weight_bits):
         single, _ = pack(checkpoint, path, archives[2], weight_bits, '--no-progress', '--streams=1')
     n_bytes_single = len(container.read_archive(single, path)[3]['data'])
     facts = archive_facts(checkpoint, raw, data, computed, n_bytes_single, path)
-    print(markdown([dict(what=name, value=value) for name, value in facts.items()], ('what', 'value')))
+    table = [dict(what=name, value=value) for name, value in facts.items()]
+    print(markdown(table, ('what', 'value')))
     return rows
 
 

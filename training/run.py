@@ -6,11 +6,14 @@
     while ...:
         run.begin_step()
         sums = run.reduce(sums)                                         one reduction: losses, stop?, checkpoint due?
-        run.end_step(n_scored)
-        run.log_step(...)
-        if run.must_pause(n_steps): sys.exit(run.pause(save))
+        run.end_step(n_scored, sums, loss)
+        run.log_row(values)
+        if run.stop or run.save_due: run.save(checkpoint)
+        if run.stop: sys.exit(run.pause())
     run.end()
     run.finish(totals)
+
+A study of several runs in one process (lab/probe.py) is a Run without logs, the `whole` of its runs.
 
 Rank 0 alone writes. A checkpoint holds the counters; wall-clock time is counted over all resumptions.
 """
