@@ -23,6 +23,7 @@ class UserError(ValueError):
 RETIRED = {
     'decoupled': (False, 'the penalty goes through the optimiser, as published'),
     'tokens_per_second': (0.0, '--check prints hours for two speeds'),
+    'mode': ('information', 'what each token costs is asked by python -m lab.entropy --from_ckpt=out/RUN'),
 }
 
 

@@ -1,5 +1,4 @@
-"""prune.py, lab/bench.py as scripts: measured sparsity, exact counts, masks that later training holds, refusals."""
-import json
+"""prune.py as a script: measured sparsity, exact counts, masks that later training holds, refusals."""
 import os
 
 import pytest
@@ -11,8 +10,7 @@ import score
 import sparse
 from configurator import UserError
 from corpus.data import open_split
-from lab import bench
-from model import GPT, ModelConfig, flops_per_token, model_args, n_parameters
+from model import GPT, ModelConfig, model_args, n_parameters
 from training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from training.folder import read_run
 
@@ -107,35 +105,6 @@ def test_gamma_needs_a_pmmp_checkpoint(train_tiny, tmp_path, toy):
     train_tiny('--max_iters=2', '--final_train_blocks=0', out='plain')
     with pytest.raises(UserError, match='holds no gamma'):
         pruned(str(tmp_path / 'plain'), tmp_path, toy, '--method=gamma')
-
-
-def test_bench_measures_the_step_of_a_config(tmp_path):
-    """lab/bench.py's rows have a median, and the plain baseline is of the same size as our model."""
-    config = tmp_path / 'c.py'
-    config.write_text("# python train.py c.py\nn_layer = 1\nn_embd = 16\nn_head = 2\nblock_size = 16\nbatch_size = 2\n"
-                      "procedure = 'pmmp'\n")
-    out = tmp_path / 'bench.json'
-    assert bench.main(['step', str(config), '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
-    row = json.loads(out.read_text())['step']['rows'][0]
-    assert row['milliseconds'] > 0 and row['tokens_per_second'] > 0 and row['procedure'] == 'pmmp'
-    assert row['percent_of_product'] == pytest.approx(
-        row['tokens_per_second'] * flops_per_token(ModelConfig(block_size=16, n_layer=1, n_embd=16, n_head=2))
-        / row['product_gflops'] / 1e7, rel=0.05)
-
-
-@pytest.mark.parametrize('area, candidates', (
-    ('procedures', ('vanilla', 'rl1', 'drr', 'pmmp', 'pmmp, lean', 'Muon', 'on a grid of 4 bits')),
-    ('plain', 3 * ('plain', 'nanomdl')), ('mixture', ('one set', 'mixture of two')), ('data', ()), ('evaluation', ())))
-def test_bench_areas_print_ratios_to_a_baseline(area, candidates, tmp_path, monkeypatch, capsys):
-    """A candidate that no longer runs is noticed here, not when somebody measures; sizes are reduced."""
-    monkeypatch.setattr(bench, 'size_config', lambda name, block_size: ModelConfig(
-        block_size=min(block_size, 256), n_layer=1, n_embd=16, n_head=2))
-    out = tmp_path / 'bench.json'
-    assert bench.main([area, '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
-    rows = json.loads(out.read_text())[area]['rows']
-    assert not candidates or tuple(r['candidate'] for r in rows) == candidates
-    assert any(r['candidate'] == r['baseline'] and r['ratio'] == 1 for r in rows)
-    assert all(r['ratio'] > 0 and r['milliseconds'] > 0 for r in rows) and area in capsys.readouterr().out
 
 
 # --- whole layers ---
