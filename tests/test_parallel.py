@@ -8,8 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_here, same, torchrun
-from test_train import losses_of, weights_of
+from conftest import ROOT, TINY, losses_of, run_here, same, torchrun, weights_of
 
 import train
 from configurator import UserError
