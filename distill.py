@@ -440,8 +440,8 @@ if __name__ == '__main__':
         # One reduction over ranks: the losses, and whether to stop or to save after this step.
         unscale(optimizers, all_params, scaler, env, sharded=False)
         total, loss, *others = [s / n_scored for s in run.reduce(sums)]
-        grad_norm = parallel.norm_of(all_params, env)
         masks.on_gradients()
+        grad_norm = parallel.norm_of(all_params, env)
 
         # A step that is not finite is not taken. What is pruned stays pruned, whatever moments and decay did to it.
         cure = f'a lower --learning_rate (now {learning_rate:g}), --grad_clip=1 or --dtype=float32'

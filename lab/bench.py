@@ -170,11 +170,12 @@ def training_step(config, env, n_rows, procedure='vanilla', pmmp_state='exact', 
         nats = accumulate(step_model, x, y, n_rows, 1 / y.size, env, scaler, set_sync)
         running.after_backward()
         unscale(optimizers, tensors, scaler, env, sharded=False)
+        masks.on_gradients()
         grad_norm = penalised_norm = norm_of(tensors, env)
         if running.edits:
             running.edit()
+            masks.on_gradients()
             penalised_norm = norm_of(tensors, env)
-        masks.on_gradients()
         clip(tensors, 0.0, penalised_norm)
         update(optimizers, scaler)
         for optimizer in running.optimizers:
