@@ -1,4 +1,4 @@
-"""The procedures of train.py: edits against autograd of the written objectives, projection, state, number of kernels."""
+"""The procedures of train.py: edits against autograd of the written objectives, projection, state, kernels."""
 import copy
 from functools import partial
 
