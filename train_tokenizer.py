@@ -1,7 +1,7 @@
 """Learn a byte-level BPE from text: data/tokenizers/NAME, the same ids in tiktoken, transformers and this project.
 
     python train_tokenizer.py --name=mine8k --source='texts/*.txt'                        8,000 ids of local files
-    python train_tokenizer.py config/tokenizer_fineweb8k.py                              8,000 ids of FineWeb-Edu
+    python train_tokenizer.py config/data/tokenizer_fineweb8k.py                              8,000 ids of FineWeb-Edu
     python prepare_text.py --name=mine --source='texts/*.txt' --tokenizer=mine8k          and its use
 
 In: text as prepare_text.py reads it. Out: ranks.tiktoken (tiktoken.load.load_tiktoken_bpe), tokenizer.json and

@@ -1,12 +1,12 @@
 # python train.py config/sample_drr.py
-# About 3 minutes on 2 CPU cores (see README). Needs: python prepare_sample.py
+# about 3 minutes on 2 CPU cores (see README). Needs: python prepare_sample.py
 # alpha·(1 - exp(-beta|θ|)), then TAMADE, then fine-tuning.
 out_dir = 'out/sample_drr'
 dataset = 'sample'              # 0.38 MB of Python's documentation
 model = 'transformer200k'
 n_embd = 72                     # 289,584 weights
 block_size = 256
-positions = 'rotary'            # learns this text far faster than the seed's sinusoids (LOG)
+positions = 'rotary'            # learns this text far faster than the published sinusoids (LOG)
 procedure = 'drr'
 alpha = 1e-5                    # its steepest pull is alpha·beta, at zero
 beta = 5.0

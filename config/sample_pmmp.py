@@ -1,12 +1,12 @@
 # python train.py config/sample_pmmp.py
-# About 3 minutes on 2 CPU cores (see README). Needs: python prepare_sample.py
+# about 3 minutes on 2 CPU cores (see README). Needs: python prepare_sample.py
 # Probabilistic minimax pruning, then TAMADE, then fine-tuning: what `make demo` trains.
 out_dir = 'out/sample_pmmp'
 dataset = 'sample'              # 0.38 MB of Python's documentation
 model = 'transformer200k'
 n_embd = 72                     # 289,584 weights
 block_size = 256
-positions = 'rotary'            # learns this text far faster than the seed's sinusoids (LOG)
+positions = 'rotary'            # learns this text far faster than the published sinusoids (LOG)
 procedure = 'pmmp'
 alpha = 9e-5                    # weights with θ² < alpha/u are drawn to zero while u grows
 procedure_learning_rate = 1e-3  # γ needs about 1/rate steps from 1 to 0, and the main phase has 650

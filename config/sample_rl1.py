@@ -1,12 +1,12 @@
 # python train.py config/sample_rl1.py
-# About 3 minutes on 2 CPU cores (see README). Needs: python prepare_sample.py
+# about 3 minutes on 2 CPU cores (see README). Needs: python prepare_sample.py
 # alpha·|θ|, then TAMADE, then fine-tuning: the smallest complete run of this procedure.
 out_dir = 'out/sample_rl1'
 dataset = 'sample'              # 0.38 MB of Python's documentation
 model = 'transformer200k'
 n_embd = 72                     # 289,584 weights
 block_size = 256
-positions = 'rotary'            # learns this text far faster than the seed's sinusoids (LOG)
+positions = 'rotary'            # learns this text far faster than the published sinusoids (LOG)
 procedure = 'rl1'
 alpha = 2e-5
 epochs_prelude = 5.0            # of 14 in all, as many steps as sample_vanilla.py takes

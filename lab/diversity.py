@@ -1,6 +1,6 @@
 """Measure how diverse data sets are: Task2Vec diversity coefficient, cross-diversity, and cheap companions.
 
-    python -m lab.diversity config/diversity_task2vec.py --dataset=pubmed,uspto,mix          GPT-2 as probe
+    python -m lab.diversity config/diversity/task2vec.py --dataset=pubmed,uspto,mix          GPT-2 as probe
     python -m lab.diversity --probe=out/RUN --dataset=mine --n_batches=8 --n_sequences=64    one of our own checkpoints
 
 In: data sets, a probe network. Out: a table and OUT_DIR/{run.json, table.md, table.csv, NAME-HASH/BATCH.npy}. Each

@@ -1,215 +1,237 @@
-"""Every file in config/ loads against the script of its launch line, and that launch would start."""
+"""Shipped configs load and would start; what documents, the Makefile and slurm/ name is there."""
+import fnmatch
+import functools
 import glob
 import importlib.util
+import itertools
 import os
+import re
 import shlex
 import subprocess
+from dataclasses import dataclass
 
-import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 import configurator
-import distill
-import train
-from lab import diversity, probe
 
-_LISTED = subprocess.run(['git', '-C', ROOT, 'ls-files', 'config/*.py'], capture_output=True, text=True,
-                         timeout=20).stdout
-CONFIGS = sorted(_LISTED.split() or (os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, 'config', '*.py'))))
-# the shipped ones: a user's own copy may keep the launch line of the file it was copied from
+COMMAND = re.compile(r'\b(python|torchrun|sbatch) .*?(?=`|  |;| #|$)')
+CONFIG = re.compile(r'(?<![\w/])config/[\w./{},*]*\.py')
+COST = re.compile(r'\babout (a|\d)|not measured yet')
 
 
-def launch_of(path):
-    """Return (script, argv after it, number of processes) of a config's first comment line."""
+def tracked(pattern):
+    """Return the files of the repository whose path fits (* crosses folders), not what a user put there."""
+    listed = subprocess.run(['git', '-C', ROOT, 'ls-files'], capture_output=True, text=True, timeout=600)
+    there = listed.stdout.split()
+    if not there:
+        # An unpacked archive is no clone: what lies there is all that there is.
+        below = glob.glob('**', root_dir=ROOT, recursive=True)
+        there = [path for path in below if os.path.isfile(os.path.join(ROOT, path))]
+    return sorted(fnmatch.filter(there, pattern))
+
+
+CONFIGS = tracked('config/*.py')
+DOCUMENTS = ['README.md', 'LOG.md', 'Makefile', *tracked('docs/*.md'), *tracked('slurm/*')]
+
+
+def read(path):
     with open(os.path.join(ROOT, path), encoding='utf-8') as f:
-        line = f.readline()
-    assert line.startswith('# '), f'{path} does not begin with its launch line'
-    words = shlex.split(line[1:], comments=True)
-    at = next((i for i, w in enumerate(words) if w.endswith('.py')), None)
-    assert at is not None and words[0] in ('python', 'torchrun'), f'{path}: {line!r} is no launch line'
-    n = next((int(w.split('=')[1]) for w in words[:at] if w.startswith('--nproc_per_node=')), 1)
-    return words[at], words[at + 1:], n
+        return f.read()
 
 
-@pytest.mark.parametrize('path', CONFIGS)
-def test_config_loads_against_its_script(path):
-    """A renamed knob, a typo or a launch line that starts another file (LOG, fault 12)."""
-    script, argv, _ = launch_of(path)
-    assert path in argv and os.path.exists(os.path.join(ROOT, script))
-    namespace = dict(__file__=os.path.join(ROOT, script), __doc__='')
-    defaults = configurator.knobs_of(namespace['__file__'])[0]
-    values = configurator.configure(namespace, [os.path.join(ROOT, path)])
-    assert values != defaults
-    if 'out_dir' in defaults:                                   # two configs must not share a folder by accident
-        assert os.path.basename(values['out_dir']) == os.path.basename(path)[:-3]
+def head_of(path):
+    """Return the comment lines that a config begins with."""
+    return list(itertools.takewhile(lambda line: line.startswith('#'), read(path).splitlines()))
 
 
-@pytest.mark.parametrize('path', [p for p in CONFIGS if launch_of(p)[0] in ('train.py', 'distill.py')])
-def test_check_passes_with_the_processes_of_the_launch_line(path, tmp_path, monkeypatch, capsys):
-    """--check needs neither data nor a device, and the launch line's process count must divide the batch."""
-    script, argv, n_processes = launch_of(path)
-    main = dict(zip(('train.py', 'distill.py'), (train.main, distill.main)))[script]
+@functools.cache
+def knobs_of(script):
+    """Return {knob: default} of a script, given as a path below the root."""
+    return configurator.knobs_of(os.path.join(ROOT, script))[0]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line of a document: its script (a path below the root), what follows, and its number of processes."""
+
+    text: str
+    script: str
+    argv: tuple
+    processes: int = 1
+
+    @classmethod
+    def of(cls, text):
+        """Take a command line apart; script is '' where none is named."""
+        try:
+            words = shlex.split(text)
+        except ValueError:              # a sentence, with an apostrophe
+            return cls(text, '', ())
+        processes = [int(word.split('=')[1]) for word in words if re.fullmatch(r'--nproc_per_node=\d+', word)]
+        after = [i for i, word in enumerate(words) if word.endswith('.py') or word.startswith('lab.')]
+        if words[0] == 'sbatch':
+            after = [i for i, word in enumerate(words) if word.endswith('.sbatch')]
+        if not after:
+            return cls(text, '', ())
+        script = words[after[0]]
+        if script.startswith('lab.'):
+            script = script.replace('.', '/') + '.py'
+        return cls(text, script, tuple(words[after[0] + 1:]), *processes[:1])
+
+    def faults(self):
+        """Yield what is wrong with it by name: script, config files, knobs."""
+        if not self.script or not os.path.isfile(os.path.join(ROOT, self.script)):
+            yield f'no script {self.script!r}'
+            return
+        if self.script == 'slurm/sweep.sbatch':
+            missing = [word for word in self.argv if word.endswith('.txt') and not os.path.isfile(f'{ROOT}/{word}')]
+            yield from (f'no list {word}' for word in missing)
+            return
+        script = 'train.py' if self.script.endswith('.sbatch') else self.script
+        knobs = knobs_of(script)
+        for word in self.argv:
+            if word.startswith('config/') and not os.path.isfile(os.path.join(ROOT, word)) and word != 'config/mine.py':
+                yield f'no config {word}'
+            name = re.match(r'--(no[-_])?([\w-]+)', word)
+            if name and name[2].replace('-', '_') not in {*knobs, 'help'}:
+                yield f'no knob {name[2]}'
+
+
+def commands_in(text):
+    """Yield the command lines of a text; a backslash goes on in the next line."""
+    text = re.sub(r' *\\\n#? *', ' ', text)
+    for line in text.splitlines():
+        for found in COMMAND.finditer(line):
+            yield Command.of(found[0].strip().rstrip('.,:'))
+
+
+def load(command):
+    """Load the knobs of a command and return them. Raises UserError.
+
+    Verbs and their paths are left out; a config that lab/bench.py times is one of train.py.
+    """
+    script = 'train.py' if command.script == 'lab/bench.py' else command.script
+    argv = [os.path.join(ROOT, word) if word in CONFIGS else word for word in command.argv]
+    argv = [word for word in argv if word.startswith('--') or word.endswith('.py')]
+    return configurator.configure(dict(__file__=os.path.join(ROOT, script), __doc__=''), argv)
+
+
+def test_every_config_loads_and_would_start(tmp_path, monkeypatch, capsys):
+    """All commands in the heads of configs: knobs load, trainers pass --check with the processes that are named.
+
+    --check needs neither data nor a device, and makes nothing; the processes must divide the batch. Two commands must
+    not share a folder by accident.
+    """
     monkeypatch.chdir(tmp_path)
-    for world in {1, n_processes}:
-        monkeypatch.setenv('WORLD_SIZE', str(world))
-        assert main([*(os.path.join(ROOT, a) if a in CONFIGS else a for a in argv), '--check']) in (0, None)
-    printed = capsys.readouterr().out
-    for word in ('parameters', 'FLOPs per token', 'memory', "dataset = '", 'unknown: run prepare_'):
-        assert word in printed
-    assert os.listdir(tmp_path) == []                           # nothing was made
+    problems = []
+    folders = {}
+    for command in {c.text: c for path in CONFIGS for c in commands_in('\n'.join(head_of(path)))}.values():
+        if not any(word in CONFIGS for word in command.argv):
+            continue
+        try:
+            values = load(command)
+            if command.script in ('train.py', 'distill.py'):
+                monkeypatch.setenv('WORLD_SIZE', str(command.processes))
+                argv = [os.path.join(ROOT, word) if word in CONFIGS else word for word in command.argv]
+                assert run_here(command.script, *argv, '--check') == 0
+                assert 'FLOPs per token' in capsys.readouterr().out
+        except (configurator.UserError, AssertionError) as e:
+            problems.append(f'{command.text}: {e}')
+            continue
+        if 'out_dir' in values:
+            argv = [word for word in command.argv if not word.startswith('--from_ckpt')]
+            other = folders.setdefault(values['out_dir'], argv)
+            if sorted(other) != sorted(argv):
+                problems.append(f'{values["out_dir"]} is the folder of {other} and of {argv}')
+    problems += [f'{name} was made' for name in os.listdir(tmp_path)]
+    assert not problems, '\n'.join(problems)
 
 
-def test_published_settings_are_the_shipped_ones():
-    """The v1 table: leading bytes, epochs, first pruning, batch; δ 0.01, β 5, seed 858, 1e-5, transformer4.1m."""
-    table = {'16mb': (16_384_000, 150, 200, 100, 150, 25, 8), '50mb': (50_003_968, 100, 150, 75, 100, 10, 8),
-             '300mb': (299_991_040, 20, 30, 10, 20, 1, 8), '9gb': (9_307_817_984, 0, 1, 1, 1, 1, 4)}
-    for size, expected in table.items():
-        for procedure in ('vanilla', 'rl1', 'drr', 'pmmp'):
-            v = configurator.configure(dict(__file__=train.__file__, __doc__=''),
-                                       [os.path.join(ROOT, 'config', f'wiki_{size}_{procedure}.py')])
-            assert v['train_only_on_leading_tokens'] in (expected[0], 0 if size == '9gb' else expected[0])
-            assert (v['procedure'], v['model'], v['batch_size']) == (procedure, 'transformer4.1m', expected[6])
-            assert (v['learning_rate'], v['schedule'], v['seed'], v['grad_clip'], v['weight_decay'],
-                    v['dropout']) == (1e-5, 'constant', 858, 0, 0, 0)
-            if procedure != 'vanilla':
-                assert v['do_pruning'] and (v['first_pruning_after'], v['prune_every']) == expected[4:6]
-                assert (v['epochs_prelude'], v['epochs'], v['epochs_fine_tuning']) == expected[1:4]
-                assert v['tolerated_relative_loss_increase'] == 0.01 and v['beta'] == 5 and v['initial_p_value'] == 1
-                assert v['stop_epoch_at_batch_fine_tuning'] == (50_000 if size == '9gb' else 0)
+def test_heads_of_configs_are_commands_and_costs():
+    """The first line launches this file, the second says what that costs, and what else is named exists."""
+    problems = []
+    for path in CONFIGS:
+        head = head_of(path)
+        commands = list(commands_in('\n'.join(head)))
+        if not re.match(r'# (python|torchrun) ', head[0]) or path not in commands[0].argv:
+            problems.append(f'{path}: {head[0]!r} does not launch it')
+        second = [line for line in head[1:] if not head[0].endswith('\\') or line != head[1]][0]
+        if not COST.search(second):
+            problems.append(f'{path}: {second!r} is no cost')
+        problems += [f'{path}: {command.text}: {fault}' for command in commands for fault in command.faults()]
+    assert not problems, '\n'.join(problems)
 
 
-def test_sample_configs_are_there_and_small(tmp_path, monkeypatch, capsys):
-    """The demo's model has at most 300k parameters, and its four configs differ in the procedure alone."""
-    from model import config_from_knobs, n_parameters
-    for procedure in ('vanilla', 'rl1', 'drr', 'pmmp'):
-        v = configurator.configure(dict(__file__=train.__file__, __doc__=''),
-                                   [os.path.join(ROOT, 'config', f'sample_{procedure}.py')])
-        assert v['procedure'] == procedure and v['dataset'] == 'sample'
-        assert n_parameters(config_from_knobs(v, 256)) <= 300_000
+def expanded(pattern):
+    """Return the names that braces stand for."""
+    braces = re.search(r'\{([^{}]*)\}', pattern)
+    if not braces:
+        return [pattern]
+    before, after = pattern[:braces.start()], pattern[braces.end():]
+    return [name for part in braces[1].split(',') for name in expanded(before + part + after)]
+
+
+def test_what_documents_name_exists():
+    """Configs, scripts and knobs in README, LOG, docs, the Makefile, slurm/ and scripts; old configs have new names."""
+    problems = []
+    for path in [*DOCUMENTS, *tracked('*.py')]:
+        if path.startswith('tests/') or path == 'docs/names.md':
+            continue
+        for pattern in CONFIG.findall(read(path)):
+            problems += [f'{path}: no {name}' for name in expanded(pattern)
+                         if name != 'config/mine.py' and not glob.glob(os.path.join(ROOT, name))]
+    for path in DOCUMENTS:
+        text = re.sub(r'\$\(PY\) |\.venv/bin/python ', 'python ', read(path))
+        if path.endswith('.sbatch'):
+            text = '\n'.join(line for line in text.splitlines() if line.startswith('#     '))
+        if path != 'docs/names.md':
+            problems += [f'{path}: {command.text}: {fault}' for command in commands_in(text)
+                         if command.script for fault in command.faults()]
+    assert not problems, '\n'.join(problems)
+
+
+def test_old_names_of_configs_are_answered_with_the_new():
+    """Each row of docs/names.md names a file that loads with its flags, and a missing file's error says so."""
+    rows = re.findall(r'^\| `(config/[\w./]+)` \| `(config/[^`]+)` \|$', read('docs/names.md'), re.MULTILINE)
+    assert len(rows) > 60
+    problems = []
+    for old, new in rows:
+        path, *flags = new.split()
+        launch = next(commands_in('\n'.join(head_of(path))), None) if path in CONFIGS else None
+        if os.path.exists(os.path.join(ROOT, old)) or not launch:
+            problems.append(f'{old} is there, or {path} is not')
+            continue
+        try:
+            load(Command(new, launch.script, (path, *flags)))
+            load(Command(old, launch.script, (old,)))
+        except configurator.UserError as e:
+            if new not in str(e):
+                problems.append(f'{old}: {e}')
+    assert not problems, '\n'.join(problems)
+
+
+def test_the_tree_in_readme_is_the_tree_on_disk():
+    """Each file and folder of the root, and each module of the rooms, in the block below `## The tree`."""
+    block = re.search(r'## The tree\n+```\n(.*?)```', read('README.md'), re.DOTALL)[1]
+    named, room = set(), ''
+    for line in block.splitlines():
+        if line.startswith(' '):
+            named |= {f'{room}{name}.py' for name in line.split()}
+            continue
+        names = re.split(' {3,}', line)[0].split()
+        named |= set(names)
+        room = names[0]
+    files = [path for path in tracked('*') if not path.startswith('.')]
+    there = {path.split('/')[0] + '/' if '/' in path else path for path in files}
+    rooms = {name.split('/')[0] for name in named if name.endswith('.py') and '/' in name}
+    there |= {path for path in files if os.path.dirname(path) in rooms and not path.endswith('__init__.py')}
+    assert named == there, f'only in README: {sorted(named - there)}; only on disk: {sorted(there - named)}'
 
 
 def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
     """Importing trains nothing, reads no command line and prints nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['pytest', '--nonsense'])
-    for name in ('train', 'runs', 'prune', 'distill', 'gpt2', 'prepare_text', 'prepare_metadata', 'prepare_pile',
-                 'diversity', 'probe', 'plots', 'eval', 'train_tokenizer'):
-        spec = importlib.util.spec_from_file_location(f'fresh_{name}', os.path.join(ROOT, f'{name}.py'))
+    for path in [path for path in tracked('*.py') if re.fullmatch(r'(lab/)?[^/]+\.py', path)]:
+        spec = importlib.util.spec_from_file_location(f'fresh_{path[:-3].replace("/", "_")}', os.path.join(ROOT, path))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
-
-
-def values_of(name, script):
-    return configurator.configure(dict(__file__=script.__file__, __doc__=''), [os.path.join(ROOT, 'config', name)])
-
-
-def test_the_published_settings_of_gpt2_compression():
-    """DistilBERT's loss and optimiser, Li et al.'s pretraining and fine-tuning; six layers of GPT-2."""
-    v = values_of('gpt2_distil6.py', distill)
-    assert (v['temperature'], v['a_ce'], v['a_clm'], v['a_cos'], v['a_mse'], v['a_hidden']) == (2, 5, 2, 1, 0, 0)
-    assert (v['learning_rate'], v['schedule'], v['min_learning_rate_ratio'], v['grad_clip'], v['batch_size'],
-            v['epochs'], v['adam_epsilon'], v['weight_decay'], v['beta1'], v['beta2'], v['freeze_positions']) == (
-                2.5e-4, 'linear', 0, 5, 4096, 4, 1e-6, 0, 0.9, 0.999, True)
-    pretrain, tune = values_of('gpt2_alt6_pretrain.py', train), values_of('gpt2_finetune_wikitext103.py', train)
-    for w, batch, epochs in ((pretrain, 512, 3), (tune, 256, 6)):
-        assert (w['learning_rate'], w['schedule'], w['min_learning_rate_ratio'], w['batch_size'], w['epochs']) == (
-            5e-5, 'linear', 0, batch, epochs)
-    for w in (v, pretrain, tune):
-        assert (w['model'], w['n_layer'], w['positions'], w['activation'], w['tied']) == (
-            'gpt2', 6, 'learned', 'gelu_tanh', True)
-
-
-@pytest.mark.parametrize('taught, control, start', [
-    ('gpt2_distil6.py', 'gpt2_scratch_control6.py', {'init_from', 'freeze_positions'}),
-    ('distil_byte_student.py', 'distil_byte_control.py', set())])
-def test_a_control_differs_in_the_teacher_alone(taught, control, start):
-    """The pair that answers whether a teacher helps: same student, data, tokens, optimiser; what it gave is away."""
-    a, b = values_of(taught, distill), values_of(control, distill)
-    assert {k for k in a if a[k] != b[k]} <= {'out_dir', 'a_ce', 'a_clm', 'a_cos'} | start
-    assert (b['a_ce'], b['a_clm'], b['a_cos'], b['a_mse'], b['a_hidden']) == (0, 1, 0, 0, 0) and a['a_ce'] > 0
-
-
-def test_the_published_settings_of_the_diversity_experiments():
-    """Nothing differs but the training set; 51.48 M parameters, 1.31 B tokens, AdamW 5e-5 to 0, linear."""
-    from model import config_from_knobs, n_parameters
-    for size, millions in (('51m', 51.48), ('117m', 124.44)):
-        v = [values_of(f'diversity_{size}_{name}.py', train) for name in ('pubmed', 'uspto', 'mix')]
-        assert {k for w in v for k in w if w[k] != v[0][k]} == {'out_dir', 'data_mix'}
-        assert v[2]['data_mix'] == 'pubmed:0.5,uspto:0.5'
-        assert round(n_parameters(config_from_knobs(v[0], 50257)) / 1e6, 2) == millions
-        assert (v[0]['max_iters'], v[0]['batch_size'], v[0]['block_size'], v[0]['learning_rate'], v[0]['schedule'],
-                v[0]['min_learning_rate_ratio'], v[0]['warmup_iters'], v[0]['weight_decay'], v[0]['dropout']) == (
-                    20_000, 64, 1024, 5e-5, 'linear', 0, 0, 0, 0.1)
-    sample = [values_of(f'diversity_sample_{name}.py', train)
-              for name in ('wikipedia', 'pubmed', 'uspto', 'pubmed_uspto', 'wikipedia_pubmed')]
-    assert {k for w in sample for k in w if w[k] != sample[0][k]} == {'out_dir', 'data_mix'}
-    w = sample[0]                                               # at most two passes over the same number of bytes
-    assert w['max_iters'] * w['batch_size'] * w['block_size'] <= 2 * w['train_only_on_leading_tokens']
-    measured = values_of('diversity_sample_task2vec.py', diversity)
-    assert measured['max_tokens'] == w['train_only_on_leading_tokens'] and measured['sequence_length'] == 128
-    published = values_of('diversity_task2vec.py', diversity)
-    assert (published['n_sequences'], published['sequence_length'], published['head_epochs'],
-            published['head_batch_size'], published['head_learning_rate']) == (512, 128, 10, 8, 5e-5)
-
-
-def test_the_published_settings_of_metadata():
-    """GPT-2 on 256 rows of 1,024 for 100,000 steps; the five runs differ in their data alone."""
-    found = [values_of(f'metadata_{name}.py', train) for name in ('all', 'url', 'html', 'none', 'samecontext')]
-    v = found[0]
-    assert (v['model'], v['positions'], v['activation'], v['tied'], v['batch_size'], v['max_iters'], v['warmup_iters'],
-            v['learning_rate'], v['beta1'], v['beta2'], v['adam_epsilon'], v['weight_decay'], v['seed']) == (
-                'gpt2', 'learned', 'gelu_tanh', True, 256, 100_000, 6000, 1e-4, 0.9, 0.98, 1e-6, 0.01, 42)
-    small = [values_of(f'metadata_sample_{name}.py', train) for name in ('none', 'url', 'title', 'samecontext')]
-    for runs in (found, small):
-        assert len({w['dataset'] for w in runs}) == len(runs)
-        assert all({k for k in runs[0] if runs[0][k] != w[k]} <= {'out_dir', 'dataset'} for w in runs)
-    assert small[0]['max_iters'] * small[0]['batch_size'] * small[0]['block_size'] == pytest.approx(1.5e6, rel=1e-3)
-
-
-def test_the_published_settings_of_probes():
-    """512 tokens, 128 rows, 200,000 steps, warm-up 500, linear decay to 0."""
-    v = values_of('probe_512.py', probe)
-    assert (v['block_size'], v['batch_size'], v['max_iters'], v['warmup_iters'], v['schedule'],
-            v['min_learning_rate_ratio'], v['weight_decay'], v['dtype'], v['mode'], v['spread']) == (
-                512, 128, 200_000, 500, 'linear', 0, 0, 'bfloat16', 'information', 'unroll')
-
-
-def test_the_fast_recipes_train_on_a_tenth_of_the_bytes():
-    """The twins of the seed's configs, and the small pair on which the recipe was found."""
-    from model import config_from_knobs, n_parameters
-
-    def epochs(v):
-        return v['epochs_prelude'] + v['epochs'] + v['epochs_fine_tuning']
-    for procedure in ('vanilla', 'pmmp'):
-        slow, fast = (values_of(f'wiki_16mb_{procedure}{end}.py', train) for end in ('', '_fast'))
-        assert epochs(fast) == pytest.approx(epochs(slow) / 10) and fast['procedure'] == slow['procedure']
-        assert (fast['dataset'], fast['train_only_on_leading_tokens']) == (
-            slow['dataset'], slow['train_only_on_leading_tokens'])
-        sizes = [n_parameters(config_from_knobs(v, 256)) for v in (slow, fast)]
-        assert sizes[1] <= sizes[0]
-    slow, published = (values_of(f'{name}.py', train) for name in ('fast_sample_seed', 'wiki_16mb_vanilla'))
-    assert epochs(slow) == pytest.approx(epochs(published) / 450) and slow['learning_rate'] == 1e-5
-    fast = values_of('fast_sample_base.py', train)
-    assert fast['train_only_on_leading_tokens'] * epochs(fast) < 1.03 * 1e6 * epochs(slow) / 10
-
-
-def test_the_arms_of_the_record_start_from_one_base_and_see_as_many_bytes():
-    """A duel in which one arm trains longer, or starts from another model, shows nothing."""
-    for size in ('2mb', '16mb'):
-        arms = [configurator.configure(dict(__file__=train.__file__, __doc__=''), [
-            os.path.join(ROOT, 'config', f'record_{size}_{name}.py') for name in ('base', arm)])
-            for arm in ('dense', 'pmmp', 'drr', 'rl1')]
-        own = {'out_dir', 'procedure', 'alpha', 'procedure_learning_rate', 'do_pruning', 'epochs', 'epochs_fine_tuning',
-               'qat_bits', 'bits_lambda'}
-        assert all({k for k in v if v[k] != arms[0][k]} <= own for v in arms)
-        assert len({v['epochs'] + v['epochs_fine_tuning'] for v in arms}) == 1
-        assert arms[0]['init_from'] == f'out/record_{size}_base' and arms[0]['qat_bits'] and not arms[1]['qat_bits']
-
-
-def test_wikipedia_runs_keep_their_dates():
-    """They inherited 83,000 and 86,000 s; with the shorter defaults these numbers stand in the files."""
-    paths = [path for path in CONFIGS if os.path.basename(path).startswith('wiki_')]
-    assert len(paths) > 15
-    for path in paths:
-        values = configurator.configure(dict(__file__=train.__file__, __doc__=''), [os.path.join(ROOT, path)])
-        assert (values['checkpoint_time'], values['max_runtime']) == (83_000, 86_000), path

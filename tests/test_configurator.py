@@ -1,8 +1,9 @@
 """configurator.py: knobs from a script's source, config files and flags; mistakes end in one line with the cure."""
+import os
 import signal
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import configurator
 from configurator import UserError, configure, knobs_of, require
@@ -110,6 +111,30 @@ def test_config_file_that_is_not_text_is_one_line(script, tmp_path):
         path.write_bytes(raw)
         with pytest.raises(UserError, match=f'binary{i}.py'):
             configure(script, [str(path)])
+
+
+def test_a_config_that_has_moved_is_named_with_its_new_place(script, monkeypatch):
+    """A command of an older README says what to type today, from any working folder; docs/names.md knows."""
+    monkeypatch.chdir(ROOT)
+    for path in ('config/metadata_url.py', os.path.join(ROOT, 'config', 'metadata_url.py')):
+        with pytest.raises(UserError) as e:
+            configure(script, [path])
+        assert str(e.value).startswith(f"config file '{path}' does not exist; it is now config/")
+    with pytest.raises(UserError, match='does not exist; shipped ones are in config/'):
+        configure(script, ['config/other_old.py'])
+
+
+def test_a_knob_that_is_gone_may_stay_at_its_old_default(script, tmp_path, monkeypatch):
+    """An older config sets it to what is now always done; another value needs an answer, not a guess."""
+    monkeypatch.setitem(configurator.RETIRED, 'gone', (0.5, 'use seed'))
+    monkeypatch.setitem(configurator.RETIRED, 'switch', (False, 'use seed'))
+    assert 'switch' not in configure(script, ['--no-switch', '--switch=0'])
+    with pytest.raises(UserError, match='switch = True is no knob any more'):
+        configure(script, ['--switch'])
+    assert 'gone' not in configure(script, ['--gone=0.5', config(tmp_path, 'gone = 0.5\n')])
+    for argument in ('--gone=0.25', config(tmp_path, 'gone = 0.25\n')):
+        with pytest.raises(UserError, match='gone = 0.25 is no knob any more .*0.5.*; use seed'):
+            configure(script, [argument])
 
 
 def test_modules_and_private_names_may_stay_behind(script, tmp_path):

@@ -12,6 +12,7 @@ import runs
 from configurator import UserError
 from corpus.bins import write_json
 from training.folder import read_run
+from training.table import COLUMNS
 
 FINISH_16_AT_ONCE = '''
 import os, sys, types
@@ -90,11 +91,11 @@ def test_table_has_the_columns_in_order_and_every_other_value_after(tmp_path, ca
     assert run_here('runs.py', f'--out={tmp_path / "out"}', f'--csv_path={tmp_path / "runs.csv"}') == 0
     with open(tmp_path / 'runs.csv', newline='') as f:
         header, *rows = csv.reader(f)
-    assert header == [*runs.COLUMNS, 'odd'] and [r[0] for r in rows] == ['a', 'b'] and rows[0][-1] == '3'
+    assert header == [*COLUMNS, 'odd'] and [r[0] for r in rows] == ['a', 'b'] and rows[0][-1] == '3'
     assert rows[1][-1] == ''
     assert '| a' in capsys.readouterr().out
     for wanted in 'run_id alpha seq_length epsilon online_description_length_bytes total_number_of_GPUs'.split():
-        assert wanted in runs.COLUMNS
+        assert wanted in COLUMNS
     with pytest.raises(UserError, match='no run.json below'):
         run_here('runs.py', f'--out={tmp_path / "nowhere"}')
 

@@ -706,7 +706,7 @@ def test_the_time_limit_counts_from_the_start(train_tiny, monkeypatch):
 
 @pytest.mark.parametrize('phase', ('steps', 'scoring'))
 def test_time_limit_is_kept(phase, train_tiny, tmp_path, monkeypatch):
-    """The end of max_runtime ends the steps after the one under way, and the final scoring at once."""
+    """The end of max_runtime ends steps after the one under way, and the final scoring, at once."""
     real = score.evaluate
     scored = []
 

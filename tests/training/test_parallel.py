@@ -1,4 +1,4 @@
-"""training/parallel.py: FSDP2 has the losses of one process and of DDP; one checkpoint for all modes; sharded ones; memory.
+"""training/parallel.py: FSDP2 has the losses of one process and of DDP; one checkpoint for all; sharded ones; memory.
 
 Everything runs under one torchrun with two gloo ranks, see ddp_worker.py; sizes are chosen so that rows split unevenly.
 """

@@ -1,9 +1,0 @@
-# python train.py config/step_308m.py
-# python -m lab.bench step config/step_308m.py: on one H200-class GPU, not measured yet. Goal: 40 % of its
-# bf16 rate for a large matrix product
-out_dir = 'out/step_308m'
-model = 'transformer308m'
-block_size = 512
-batch_size = 128
-max_iters = 100
-final_train_blocks = 0
