@@ -232,6 +232,13 @@ def test_an_imported_script_keeps_its_defaults(tmp_path, monkeypatch):
     assert configurator.configure(dict(__file__=str(path), __doc__='', __name__='script')) == dict(seed=1)
 
 
+def test_a_script_that_is_called_through_a_link_has_its_knobs(tmp_path):
+    """A job's folder links train.py: the fields of the model's config are read beside the file itself."""
+    (tmp_path / 'train.py').symlink_to(os.path.join(ROOT, 'train.py'))
+    defaults, _ = knobs_of(str(tmp_path / 'train.py'))
+    assert defaults['block_type'] == 'attention' and defaults == knobs_of(os.path.join(ROOT, 'train.py'))[0]
+
+
 # --- knobs of earlier versions ---
 
 @pytest.mark.parametrize('argument', ('--no-decoupled', '--decoupled=False', '--decoupled=0', 'decoupled = False',
