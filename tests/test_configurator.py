@@ -211,6 +211,7 @@ configurator.run(main)
 """
 
 
+@pytest.mark.slow
 def test_mistakes_of_a_script_are_one_line(tmp_path):
     """Exit codes: 1 and one line for a mistake, a signal's for Ctrl-C and a reader that has gone, else main's own."""
     cases = {"raise configurator.UserError('x = 1, expected 2')": (1, 'error: x = 1, expected 2\n'),

@@ -128,6 +128,56 @@ def test_lines_are_short():
     assert_none(offenders, f'lines have at most {MAX_COLUMNS} columns')
 
 
+# --- tests ---
+
+class TestFile:
+    """The functions of a test file, and which of them are tests that start processes but are not marked as slow."""
+
+    __test__ = False
+    STARTERS = ('run_script', 'torchrun', 'peak_memory', 'Popen')
+
+    def __init__(self, file):
+        self.file = file
+        functions = [node for node in file.tree.body if isinstance(node, ast.FunctionDef)]
+        self.functions = {node.name: node for node in functions}
+        self.starting = {node.name for node in functions if self.starts_a_process(node)}
+
+        # Who calls a helper that starts one, or asks for a fixture that does, starts one as well.
+        before = -1
+        while len(self.starting) > before:
+            before = len(self.starting)
+            self.starting |= {node.name for node in functions if self.names_in(node) & self.starting}
+
+    def starts_a_process(self, function):
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call):
+                name = ast.unparse(call.func)
+                if name.split('.')[-1] in self.STARTERS:
+                    return True
+                if name == 'subprocess.run' and "'git'" not in ast.unparse(call):
+                    return True
+        return False
+
+    def names_in(self, function):
+        names = {argument.arg for argument in function.args.args}
+        return names | {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+
+    def offenders(self):
+        marks = [ast.unparse(node) for node in self.file.tree.body if isinstance(node, ast.Assign)]
+        if any(mark.startswith('pytestmark') and 'pytest.mark.slow' in mark for mark in marks):
+            return []
+        found = [self.functions[name] for name in sorted(self.starting) if name.startswith('test_')]
+        return [f'{self.file.path}:{node.lineno}: {node.name}' for node in found
+                if 'pytest.mark.slow' not in map(ast.unparse, node.decorator_list)]
+
+
+def test_what_starts_processes_is_marked_as_slow():
+    """`make check` is run before every commit: each new interpreter that loads torch costs it seconds."""
+    files = [TestFile(file) for file in FILES if os.path.basename(file.path).startswith('test_')]
+    assert_none([line for file in files for line in file.offenders()], 'tests that start processes are marked as slow')
+    assert sum(len(file.starting) for file in files) > 20
+
+
 def test_the_rooms_are_found():
     """A test of imports that finds none would pass for ever."""
     assert {file.room for file in CODE} == FLOOR_OF.keys()
