@@ -42,8 +42,11 @@ def knobs_of(path):
             defaults[name] = value
             places.append(node)
     block = text_between(lines, places)
+
+    # A script may be called through a link; the modules that it names lie beside the file itself.
+    folder = os.path.dirname(os.path.realpath(path))
     for module, name in dataclasses_named_in(body):
-        fields, text = fields_of(os.path.join(os.path.dirname(path), f'{module}.py'), name)
+        fields, text = fields_of(os.path.join(folder, f'{module}.py'), name)
         for field, value in fields.items():
             defaults.setdefault(field, value)
         block += f'\n# fields of {name} in {module}.py are knobs too\n{text}'

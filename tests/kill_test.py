@@ -20,7 +20,7 @@ import time
 
 from conftest import ROOT, TINY, make_text, same, write_dataset
 
-from configurator import configure, one_of, require, run
+from configurator import configure, one_of
 from training.checkpoint import load_checkpoint
 from training.folder import read_run
 from training.process import PAUSED
@@ -34,6 +34,16 @@ signal = 'kill'                 # 'kill' (SIGKILL, train.py alone) or 'int' (Ctr
 script = 'train'                # with --signal=int: 'train', 'distill', 'probe', 'online'
 # -----------------------------------------------------------------------------
 
+
+def rules(k):
+    """Check the knobs above."""
+    return [one_of('signal', k.signal, ('kill', 'int')),
+            one_of('script', k.script, ('train', 'distill', 'probe', 'online')),
+            (k.signal == 'int' or k.script == 'train', f'script = {k.script!r} takes --signal=int')]
+
+
+config = configure(globals(), rules=rules)
+
 FLAGS = (*TINY, '--dataset=toy', '--procedure=pmmp', '--alpha=1e-3', '--initial_u_value=0.1', '--epochs_prelude=1',
          '--stop_epoch_at_batch_prelude=150', '--epochs=2', '--stop_epoch_at_batch=150', '--epochs_fine_tuning=1',
          '--stop_epoch_at_batch_fine_tuning=150', '--do_pruning', '--first_pruning_after=1', '--eval_interval=40',
@@ -44,7 +54,7 @@ ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--on
           '--online_block=32', '--online_updates=2', '--online_rows=2', '--no-verify', '--no-progress')
 COMPRESS = ('import runpy; from codec import online; online.SEGMENT_SYMBOLS = 1000; '
             f"runpy.run_path({os.path.join(ROOT, 'compress.py')!r}, run_name='__main__')")
-LIMIT_SECONDS = 120             # of one launch
+LIMIT_SECONDS = 1700            # of one launch
 MOMENTS = ('step', 'save', 'resume', 'start')
 # init_from, what was resumed, times, the working tree
 MAY_DIFFER = {'config', 'parent', 'train_seconds', 'step_seconds', 'commit'}
@@ -86,10 +96,10 @@ def processes_of(folder):
 def kill_all(folder, process):
     """SIGKILL to every process of the run, launcher first, until none is left."""
     process.kill()
-    process.wait(30)
-    end = time.time() + 30
+    process.wait(LIMIT_SECONDS)
+    end = time.monotonic() + LIMIT_SECONDS
     while pids := processes_of(folder):
-        if time.time() > end:
+        if time.monotonic() > end:
             raise RuntimeError(f'processes {pids} do not die')
         for pid in pids:
             try:
@@ -115,9 +125,9 @@ def wait_for(moment, target, folder, process, before, rng):
     moment: 'start' target seconds after the launch, 'resume' after the first step (nothing is saved yet), 'step' within
     step target, 'save' while a checkpoint is written after step target. before: progress() as the last launch left it.
     """
-    end = time.time() + (target if moment == 'start' else LIMIT_SECONDS)
+    end = time.monotonic() + (target if moment == 'start' else LIMIT_SECONDS)
     target = 1 if moment == 'resume' else target
-    while process.poll() is None and time.time() < end:
+    while process.poll() is None and time.monotonic() < end:
         pid, step, written = progress(folder)
         if moment != 'start' and pid != before[0] and step >= target:
             if moment in ('step', 'resume'):
@@ -333,12 +343,8 @@ def online_test(work, n_interrupts, seed):
     return [] if done >= n_interrupts else [f'{done} Ctrl-C came in time, expected {n_interrupts}']
 
 
-def main(argv=None):
-    configure(globals(), argv)
-    require(one_of('signal', signal, ('kill', 'int')),
-            one_of('script', script, ('train', 'distill', 'probe', 'online')),
-            (signal == 'int' or script == 'train', f'script = {script!r} takes --signal=int'))
-    started = time.time()
+if __name__ == '__main__':
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         if signal == 'kill':
             problems = kill_test(work, kills, ranks, seed, *train_flags.split())
@@ -346,12 +352,9 @@ def main(argv=None):
             problems = online_test(work, kills, seed)
         else:
             problems = interrupt_test(work, script, kills, ranks, seed, *train_flags.split())
-    print(*problems, sep='\n', end='\n' if problems else '')
+    for problem in problems:
+        print(problem)
     verdict = 'DIFFERENT' if problems else 'identical to the unbroken run, to the bit'
     what = 'kills' if signal == 'kill' else f'Ctrl-C of {script}'
-    print(f'{kills} {what}, ranks={ranks} {train_flags}: {time.time() - started:.0f} s, {verdict}')
-    return int(bool(problems))
-
-
-if __name__ == '__main__':
-    run(main)
+    print(f'{kills} {what}, ranks={ranks} {train_flags}: {time.monotonic() - started:.0f} s, {verdict}')
+    sys.exit(bool(problems))

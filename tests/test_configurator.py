@@ -211,6 +211,7 @@ configurator.run(main)
 """
 
 
+@pytest.mark.slow
 def test_mistakes_of_a_script_are_one_line(tmp_path):
     """Exit codes: 1 and one line for a mistake, a signal's for Ctrl-C and a reader that has gone, else main's own."""
     cases = {"raise configurator.UserError('x = 1, expected 2')": (1, 'error: x = 1, expected 2\n'),
@@ -230,6 +231,13 @@ def test_an_imported_script_keeps_its_defaults(tmp_path, monkeypatch):
     path.write_text('seed = 1\n')
     monkeypatch.setattr('sys.argv', ['pytest', '--seed=3'])
     assert configurator.configure(dict(__file__=str(path), __doc__='', __name__='script')) == dict(seed=1)
+
+
+def test_a_script_that_is_called_through_a_link_has_its_knobs(tmp_path):
+    """A job's folder links train.py: the fields of the model's config are read beside the file itself."""
+    (tmp_path / 'train.py').symlink_to(os.path.join(ROOT, 'train.py'))
+    defaults, _ = knobs_of(str(tmp_path / 'train.py'))
+    assert defaults['block_type'] == 'attention' and defaults == knobs_of(os.path.join(ROOT, 'train.py'))[0]
 
 
 # --- knobs of earlier versions ---

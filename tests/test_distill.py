@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distill
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
-from training import huggingface
 from training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from training.folder import close_run_folders, read_run, read_status
 from training.plan import Schedule
@@ -257,7 +256,7 @@ def test_masks_and_truncated_students(distil, tmp_path, teacher, toy):
     save_checkpoint(str(tmp_path / 'big.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={},
         data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
-    huggingface.main(['export', str(tmp_path / 'big.pt'), str(tmp_path / 'hf')])
+    run_here('runs.py', 'export', tmp_path / 'big.pt', tmp_path / 'hf')
     assert distil(f'--teacher={tmp_path / "hf"}', '--n_embd=16', '--a_cos=0', out='other') == 0
 
 

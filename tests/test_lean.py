@@ -30,7 +30,7 @@ def test_masked_weights_have_no_gamma(train_tiny, tmp_path, monkeypatch):
 def test_it_adds_as_much_state_as_an_optimiser(train_tiny, tmp_path):
     """8 bytes for each penalised weight, as Adam's moments, where the exact form adds 36."""
     held = {}
-    flags = ('--max_iters=2', '--alpha=1e-4', '--final_train_blocks=0')
+    flags = ('--max_iters=2', '--alpha=1e-4', '--final_train_blocks=-1')
     for name, more in (('vanilla', ()), ('lean', ('--procedure=pmmp', '--pmmp_state=lean')),
                        ('exact', ('--procedure=pmmp',))):
         assert train_tiny(*flags, *more, out=name) == 0

@@ -272,7 +272,7 @@ def test_training_evaluating_pruning(train_tiny, tmp_path, name):
 def test_ranks_and_resuming(toy, tmp_path, monkeypatch):
     """A memory mixer with PMMP: one process, DDP and FSDP2 have the same losses; stopped and resumed, the same bits."""
     flags = [*TINY, f'--data_dir={toy}', '--dataset=toy', *SMALL, *JOBS['memory'], '--procedure=pmmp', '--alpha=1e-4',
-             '--initial_u_value=0.1', '--max_iters=10', '--final_train_blocks=0', '--eval_blocks=4', '--grad_clip=1']
+             '--initial_u_value=0.1', '--max_iters=10', '--final_train_blocks=-1', '--eval_blocks=4', '--grad_clip=1']
     run_here('train.py', *flags, f'--out_dir={tmp_path / "one"}')
     for shard in ('', 'full'):
         done = torchrun(2, 'train.py', *flags, f'--shard={shard}', f'--out_dir={tmp_path / ("two" + shard)}')
@@ -315,6 +315,6 @@ def test_frozen_encoders_and_the_curriculum(train_tiny, tmp_path):
 def test_narrow_floats(train_tiny, tmp_path, name, dtype):
     """Under autocast, with float16's scaler too, the losses stay near those of float32."""
     for out, flags in (('wide', ()), ('narrow', (f'--dtype={dtype}',))):
-        train_tiny(*SMALL, *JOBS[name], '--max_iters=6', '--final_train_blocks=0', '--eval_blocks=4', *flags, out=out)
+        train_tiny(*SMALL, *JOBS[name], '--max_iters=6', '--final_train_blocks=-1', '--eval_blocks=4', *flags, out=out)
     wide, narrow = (read_run(str(tmp_path / out))['final_train_loss'] for out in ('wide', 'narrow'))
     assert wide != narrow and abs(wide - narrow) < 0.01

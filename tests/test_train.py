@@ -82,8 +82,8 @@ def test_steps_per_chunk_repeats_each_batch(train_tiny, tmp_path):
 def test_coefficient_zero_is_bit_identical_to_vanilla(name, train_tiny, tmp_path):
     """A procedure that costs something besides its penalty: with alpha = 0 every byte must be vanilla's."""
     for procedure in ('vanilla', name):
-        train_tiny(f'--procedure={procedure}', '--alpha=0', '--max_iters=12', '--grad_clip=1', '--final_train_blocks=0',
-                   out=procedure)
+        train_tiny(f'--procedure={procedure}', '--alpha=0', '--max_iters=12', '--grad_clip=1',
+                   '--final_train_blocks=-1', out=procedure)
     assert same(weights_of(tmp_path / 'vanilla'), weights_of(tmp_path / name))
     assert losses_of(tmp_path / 'vanilla') == losses_of(tmp_path / name)
 
@@ -91,9 +91,9 @@ def test_coefficient_zero_is_bit_identical_to_vanilla(name, train_tiny, tmp_path
 @pytest.mark.parametrize('name', ('rl1', 'drr', 'pmmp'))
 def test_coefficient_matters(name, train_tiny, tmp_path):
     """A penalty that never reaches the weights: a strong one must make the sum of magnitudes smaller than vanilla's."""
-    train_tiny('--max_iters=16', '--final_train_blocks=0', out='vanilla')
+    train_tiny('--max_iters=16', '--final_train_blocks=-1', out='vanilla')
     train_tiny(f'--procedure={name}', '--alpha=0.05', '--initial_u_value=1', '--initial_p_value=0.5',
-               '--max_iters=16', '--final_train_blocks=0')
+               '--max_iters=16', '--final_train_blocks=-1')
     size = {n: sum(float(t.abs().sum()) for t in weights_of(tmp_path / n).values() if t.dim() == 2)
             for n in ('vanilla', 'run')}
     assert size['run'] < size['vanilla'] * 0.999
@@ -118,7 +118,7 @@ def test_w_starts_at_theta_when_the_main_phase_starts(train_tiny, monkeypatch):
         real_init(self)
         first[:] = [p.detach().clone() for p in self.parameters() if p.dim() >= 2]
     monkeypatch.setattr(GPT, 'init_weights', init)
-    train_tiny('--procedure=pmmp', '--epochs_prelude=0.25', '--max_iters=1', '--final_train_blocks=0',
+    train_tiny('--procedure=pmmp', '--epochs_prelude=0.25', '--max_iters=1', '--final_train_blocks=-1',
                change=spy_on_begin)
     assert starts == [True, False]                              # equal to θ as it is now, not to θ as it was drawn
 
@@ -137,14 +137,14 @@ def test_gamma_stays_a_probability_at_a_large_rate(train_tiny):
             inside.append(all(0 <= float(g.min()) and float(g.max()) <= 1 for g in self.gamma))
         names['PMMP'].project = project
     train_tiny('--procedure=pmmp', '--alpha=0.1', '--initial_u_value=0.5', '--procedure_learning_rate=0.3',
-               '--max_iters=20', '--final_train_blocks=0', change=spy_on_project)
+               '--max_iters=20', '--final_train_blocks=-1', change=spy_on_project)
     assert len(inside) == 20 and all(inside) and any(left)
 
 
 def test_clipping_scales_theta_only_and_after_the_penalty(train_tiny, tmp_path):
     """Upstream clips after adding the penalty; both norms are logged, and w, γ, u stay outside the clipped norm."""
     train_tiny('--procedure=pmmp', '--alpha=10', '--initial_u_value=5', '--grad_clip=1e-3', '--max_iters=6',
-               '--final_train_blocks=0',
+               '--final_train_blocks=-1',
                '--initial_p_value=0.5')
     rows = losses_of(tmp_path / 'run')
     assert all(float(r['grad_norm']) < 0.9 * float(r['grad_norm_penalised']) for r in rows)
@@ -216,7 +216,7 @@ def test_tamade_sees_the_leading_100_validation_blocks(train_tiny, tmp_path, mon
         seen.append((given['data'].split, given.get('max_blocks', 0)))
         return real(*args, **named)
     monkeypatch.setattr(score, 'score', spy)
-    train_tiny('--max_iters=2', '--do_pruning', '--procedure=rl1', '--final_train_blocks=0')
+    train_tiny('--max_iters=2', '--do_pruning', '--procedure=rl1', '--final_train_blocks=-1')
     assert seen.count(('val', 100)) == 25                       # before, 23 halvings, after
 
 
@@ -224,7 +224,7 @@ def test_prune_by_gamma(train_tiny, tmp_path):
     """γ < ½ is pruned, γ >= ½ stays, and the weights follow."""
     train_tiny('--procedure=pmmp', '--alpha=0.01', '--initial_u_value=0.1', '--procedure_learning_rate=0.05',
                '--max_iters=24', '--do_pruning',
-               '--prune_by=gamma', '--final_train_blocks=0')
+               '--prune_by=gamma', '--final_train_blocks=-1')
     end = load_checkpoint(str(tmp_path / 'run'))
     gamma = end['procedure']['gamma']
     share = sum(int((~m).sum()) for m in end['masks'].values()) / sum(m.numel() for m in end['masks'].values())
@@ -250,7 +250,7 @@ def test_ranks_share_one_global_batch(world, train_tiny, monkeypatch):
     for rank in range(world):
         monkeypatch.setattr(process, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
         train_tiny('--max_iters=3', '--train_only_on_leading_tokens=600', '--micro_batch_size=1',
-                   '--final_train_blocks=0', out=f'{rank}')
+                   '--final_train_blocks=-1', out=f'{rank}')
     for step in range(3):                                       # 19 blocks: the third batch has 3 rows and 5 of padding
         share = 8 // world
         rows = [start for rank in range(world) for start in seen[rank][step * share:(step + 1) * share]]
@@ -271,7 +271,7 @@ def test_accumulation_does_not_change_the_losses(train_tiny, tmp_path, order):
 
 def test_dropout_depends_on_the_step_alone(train_tiny, tmp_path, monkeypatch):
     """With dropout a resumed run must draw what the unbroken one drew."""
-    flags = ('--dropout=0.2', '--max_iters=8', '--eval_interval=3', '--final_train_blocks=0')
+    flags = ('--dropout=0.2', '--max_iters=8', '--eval_interval=3', '--final_train_blocks=-1')
     train_tiny(*flags, out='whole')
     stop_at(monkeypatch, 4)
     assert train_tiny(*flags, out='cut') == 85
@@ -300,7 +300,7 @@ def plain_losses(text, steps, batch=8, T=32, rate=3e-3):
 
 def test_online_description_length_is_the_first_pass_in_bytes(train_tiny, tmp_path):
     """Online length in bits in a column called bytes, and all epochs summed."""
-    assert train_tiny('--online', '--epochs=3', '--train_only_on_leading_tokens=4001', '--final_train_blocks=0') == 0
+    assert train_tiny('--online', '--epochs=3', '--train_only_on_leading_tokens=4001', '--final_train_blocks=-1') == 0
     by_hand = plain_losses(make_text(4096)[:4001], 16)
     assert sum(n for _, n in by_hand) == 4001
     found = read_run(tmp_path / 'run')['online_description_length_bytes']
@@ -308,7 +308,7 @@ def test_online_description_length_is_the_first_pass_in_bytes(train_tiny, tmp_pa
     assert abs(found - expected) <= 1 + 1e-4 * expected and 4001 * 0.3 < found < 4001
     rows = losses_of(tmp_path / 'run')
     assert max(abs(float(r['loss_nats']) - nats / n) for r, (nats, n) in zip(rows, by_hand)) < 1e-4
-    train_tiny('--max_iters=2', '--final_train_blocks=0', out='other')
+    train_tiny('--max_iters=2', '--final_train_blocks=-1', out='other')
     assert read_run(tmp_path / 'other')['online_description_length_bytes'] is None     # the cell stays empty
 
 
@@ -480,7 +480,7 @@ def test_an_ignored_ctrl_c_stays_ignored(train_tiny, tmp_path):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2, signal.SIGINT)
-        assert train_tiny('--max_iters=4', '--final_train_blocks=0') == 0
+        assert train_tiny('--max_iters=4', '--final_train_blocks=-1') == 0
 
 
 def test_killed_after_a_checkpoint_leaves_no_gap_and_no_repeat(train_tiny, tmp_path, unbroken, monkeypatch):
@@ -511,7 +511,7 @@ def test_killed_after_a_checkpoint_leaves_no_gap_and_no_repeat(train_tiny, tmp_p
 
 def test_fp16_resume_keeps_the_loss_scale(train_tiny, tmp_path, monkeypatch):
     """Under fp16 the scaler's state decides which steps are skipped: it must come back with the rest."""
-    flags = ('--dtype=float16', '--max_iters=6', '--final_train_blocks=0')
+    flags = ('--dtype=float16', '--max_iters=6', '--final_train_blocks=-1')
     growing_fast = functools.partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, 'GradScaler', growing_fast)
     train_tiny(*flags, out='whole')
@@ -526,7 +526,7 @@ def test_fp16_resume_keeps_the_loss_scale(train_tiny, tmp_path, monkeypatch):
 
 def test_init_from_takes_weights_and_masks_and_starts_at_step_0(train_tiny, tmp_path, unbroken):
     """init_from = a run: its weights and masks, which then hold, and a fresh optimiser and count."""
-    assert train_tiny(f'--init_from={unbroken}', '--max_iters=5', '--final_train_blocks=0') == 0
+    assert train_tiny(f'--init_from={unbroken}', '--max_iters=5', '--final_train_blocks=-1') == 0
     parent, child = load_checkpoint(str(unbroken)), load_checkpoint(str(tmp_path / 'run'))
     assert same(parent['masks'], child['masks']) and child['step'] == 5 and not same(parent['model'], child['model'])
     assert all(not child['model'][n][~m].any() for n, m in child['masks'].items())
@@ -537,8 +537,8 @@ def test_init_from_takes_weights_and_masks_and_starts_at_step_0(train_tiny, tmp_
 
 def test_resume_where_nothing_was_saved_starts_from_scratch(train_tiny, tmp_path):
     """A queue always launches with --init_from=resume; the first launch must simply start."""
-    assert train_tiny('--init_from=resume', '--max_iters=3', '--final_train_blocks=0', out='a') == 0
-    assert train_tiny('--max_iters=3', '--final_train_blocks=0', out='b') == 0
+    assert train_tiny('--init_from=resume', '--max_iters=3', '--final_train_blocks=-1', out='a') == 0
+    assert train_tiny('--max_iters=3', '--final_train_blocks=-1', out='b') == 0
     assert same(weights_of(tmp_path / 'a'), weights_of(tmp_path / 'b'))
     assert losses_of(tmp_path / 'a') == losses_of(tmp_path / 'b')
 
@@ -634,7 +634,7 @@ def test_damaged_checkpoint_is_refused_and_left_alone(damage, words, flag, train
 
 def test_checkpoint_of_another_shape_is_refused(train_tiny, tmp_path, unbroken):
     """A checkpoint of another shape: the message names what differs, and the run to be replaced is still there."""
-    train_tiny('--max_iters=1', '--final_train_blocks=0')
+    train_tiny('--max_iters=1', '--final_train_blocks=-1')
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match='n_embd: 32 there, 64 here.*shape') as e:
         train_tiny('--n_embd=64', f'--init_from={unbroken}', '--max_iters=1', '--overwrite')
@@ -643,7 +643,7 @@ def test_checkpoint_of_another_shape_is_refused(train_tiny, tmp_path, unbroken):
 
 def test_a_run_cannot_clear_the_checkpoint_it_starts_from(train_tiny, tmp_path):
     """--init_from=X --out_dir=X --overwrite would delete X before it is read."""
-    train_tiny('--max_iters=2', '--final_train_blocks=0')
+    train_tiny('--max_iters=2', '--final_train_blocks=-1')
     before = snapshot(tmp_path)
     for parent in (tmp_path / 'run', tmp_path / 'run' / 'best.pt'):
         with pytest.raises(UserError, match='out_dir'):
@@ -655,7 +655,7 @@ def test_damaged_data_stops_before_the_run_folder_is_touched(train_tiny, tmp_pat
     """A truncated .bin and an id above the vocabulary: one line, and --overwrite has not yet overwritten."""
     data_dir = str(tmp_path / 'data')
     write_dataset(data_dir)
-    assert train_tiny('--max_iters=1', '--final_train_blocks=0', data_dir=data_dir) == 0
+    assert train_tiny('--max_iters=1', '--final_train_blocks=-1', data_dir=data_dir) == 0
     os.truncate(os.path.join(data_dir, 'toy', 'val.bin'), 100)
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match='val.bin has 100 bytes.*2000 tokens.*prepare_text.py'):
@@ -701,7 +701,7 @@ def test_the_time_limit_counts_from_the_start(train_tiny, monkeypatch):
         seen.append(signal.getitimer(signal.ITIMER_REAL)[0])
         return real(*args, **named)
     monkeypatch.setattr(data, 'open_data', opening)
-    assert train_tiny('--max_iters=1', '--final_train_blocks=0', '--max_runtime=1e6') == 0
+    assert train_tiny('--max_iters=1', '--final_train_blocks=-1', '--max_runtime=1e6') == 0
     assert len(seen) == 3 and 0 < seen[0] <= 1e6
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)               # and ends with the run
 

@@ -9,7 +9,6 @@ import torch
 from conftest import TINY, run_here, write_dataset
 from torch.nn import functional as F
 
-import train
 from configurator import UserError
 from corpus import bins
 from lab import diversity
@@ -165,8 +164,8 @@ def home(tmp_path_factory):
     for name in ('one', 'two'):
         write_dataset(str(root / 'data'), name, sizes=(9000, 2000, 2000))
     write_dataset(str(root / 'data'), 'bpe', dtype='uint16', vocab_size=300)
-    train.main([*TINY, f'--data_dir={root / "data"}', '--dataset=one', '--max_iters=60', f'--out_dir={root / "probe"}',
-                '--final_train_blocks=0'])
+    run_here('train.py', *TINY, f'--data_dir={root / "data"}', '--dataset=one', '--max_iters=60',
+             f'--out_dir={root / "probe"}', '--final_train_blocks=-1')
     return root
 
 

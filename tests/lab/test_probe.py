@@ -15,7 +15,6 @@ from configurator import UserError
 from corpus import bins
 from lab import probe
 from model import GPT, ModelConfig, make, model_args
-from training import huggingface
 from training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from training.folder import close_run_folders, read_run, read_status
 from training.plan import Schedule
@@ -244,7 +243,7 @@ def test_a_hugging_face_folder_is_an_encoder(draws, tmp_path):
     """The same weights as a GPT-2 folder give the same numbers; the data set must then be named."""
     torch.manual_seed(5)
     path = save(tmp_path / 'm', GPT(config(positions='learned')))
-    huggingface.main(['export', f'{path}/ckpt.pt', str(tmp_path / 'folder')])
+    run_here('runs.py', 'export', f'{path}/ckpt.pt', tmp_path / 'folder')
     flags = ['lab/probe.py', f'--data_dir={draws[0]}', f'--from_ckpt={path},{tmp_path / "folder"}',
              f'--out_dir={tmp_path / "p"}', *FLAGS, '--max_iters=5', '--spread=repeat', '--positions=learned']
     with pytest.raises(UserError, match='--dataset=NAME'):

@@ -77,7 +77,7 @@ def test_a_flipped_bit_anywhere_is_refused(tmp_path):
 
 def test_a_flipped_bit_names_the_older_checkpoints(train_tiny, tmp_path):
     """Resuming from a damaged ckpt.pt: one line with what can be used instead, which then works."""
-    flags = ('--max_iters=4', '--final_train_blocks=0')
+    flags = ('--max_iters=4', '--final_train_blocks=-1')
     assert train_tiny(*flags) == 0
     run = tmp_path / 'run'
     shutil.copy(run / 'ckpt.pt', run / 'ckpt.pt.1')

@@ -124,7 +124,7 @@ def test_memory_plan_is_near_the_measured_peak(tmp_path):
     (tmp_path / 'memory.py').write_text(MEMORY_PLAN)
     write_dataset(str(tmp_path), sizes=(8192, 20_000, 300))     # scoring has as much in flight as it may have
     done = run_script(tmp_path / 'memory.py', '--model=transformer4.1m', '--block_size=256', '--batch_size=12',
-                      '--epochs=0', '--max_iters=2', '--final_train_blocks=0', '--procedure=pmmp', '--dtype=float32',
+                      '--epochs=0', '--max_iters=2', '--final_train_blocks=-1', '--procedure=pmmp', '--dtype=float32',
                       '--device=cpu', f'--data_dir={tmp_path}', '--dataset=toy', f'--out_dir={tmp_path / "run"}')
     assert done.returncode == 0, done.stderr[-2000:]
     ratio = float(done.stdout.split('RATIO')[1])

@@ -36,7 +36,7 @@ class Planted:
 def two_ranks(tmp_path_factory, toy):
     """The run folder of a training by two ranks, which holds ckpt.sharded."""
     folder = tmp_path_factory.mktemp('shards') / 'run'
-    flags = ('--max_iters=2', '--shard=full', '--sharded_ckpt', '--procedure=pmmp', '--final_train_blocks=0')
+    flags = ('--max_iters=2', '--shard=full', '--sharded_ckpt', '--procedure=pmmp', '--final_train_blocks=-1')
     done = torchrun(2, os.path.join(ROOT, 'train.py'), *TINY, f'--data_dir={toy}', '--dataset=toy',
                     f'--out_dir={folder}', *flags)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -115,7 +115,7 @@ def test_resuming_a_hostile_folder_is_refused(hostile, two_ranks, toy, tmp_path)
     os.rename(hostile, run / 'ckpt.sharded')
     with pytest.raises(UserError, match='mkdir'):
         run_here('train.py', *TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={run}', '--init_from=resume',
-                 '--max_iters=2', '--procedure=pmmp', '--final_train_blocks=0')
+                 '--max_iters=2', '--procedure=pmmp', '--final_train_blocks=-1')
     assert not os.path.exists('planted')
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 (parallel.py): the losses of one process and of DDP, one checkpoint for all modes, sharded checkpoints, memory.
+"""training/parallel.py: FSDP2 has the losses of one process and of DDP; one checkpoint for all; sharded ones; memory.
 
 Everything runs under one torchrun with two gloo ranks, see ddp_worker.py; sizes are chosen so that rows split unevenly.
 """
@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY, losses_of, run_here, same, torchrun, weights_of
 
-import train
 from configurator import UserError
 from training.checkpoint import load_checkpoint, load_model
 from training.folder import read_run, read_status
@@ -39,12 +38,14 @@ def jobs(tmp_path_factory, toy):
         done = torchrun(2, os.path.join(ROOT, 'tests', 'ddp_worker.py'), path)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    first, second = [], []
+    first = []
+    second = []
     for p, flags in PROCEDURES.items():
-        train.main(argv(f'one-{p}', *flags))
+        run_here('train.py', *argv(f'one-{p}', *flags))
         first += [[f'{m}-{p}', -1, -1, argv(f'{m}-{p}', *flags, *MODES[m])] for m in ('ddp', 'fsdp')
                   if m == 'ddp' or p not in WHOLE_MATRICES]
-    pmmp, prune = ('--procedure=pmmp',), ('--do_pruning', '--tolerated_relative_loss_increase=0.05')
+    pmmp = ('--procedure=pmmp',)
+    prune = ('--do_pruning', '--tolerated_relative_loss_increase=0.05')
     first += [['fsdp-odd', -1, -1, argv('fsdp-odd', *pmmp, *ODD, '--shard=full')],
               ['fsdp-micro', -1, -1, argv('fsdp-micro', *pmmp, '--shard=full', '--micro_batch_size=2',
                                           '--activation_checkpointing')],
@@ -52,10 +53,12 @@ def jobs(tmp_path_factory, toy):
               ['ddp-cut', 1, 25, argv('ddp-cut', *pmmp)],
               ['fsdp-cut', 1, 25, argv('fsdp-cut', *pmmp, '--shard=full')],
               ['parts-cut', 0, 25, argv('parts-cut', *pmmp, *prune, '--shard=full', '--sharded_ckpt')]]
-    train.main(argv('one-odd', *pmmp, *ODD))
-    train.main(argv('one-prune', *pmmp, *prune))
+    run_here('train.py', *argv('one-odd', *pmmp, *ODD))
+    run_here('train.py', *argv('one-prune', *pmmp, *prune))
     together(first)
-    train.main(argv('one-cut', *pmmp, '--max_runtime=1e-9'))                # pauses after its first step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('NANOMDL_STOP_AT_STEP', '1')
+        assert run_here('train.py', *argv('one-cut', *pmmp)) == 85
     for origin in ('one', 'ddp', 'fsdp', 'parts'):
         for m in MODES:
             shutil.copytree(folder / f'{origin}-cut', folder / f'{origin}-to-{m}')
@@ -64,7 +67,7 @@ def jobs(tmp_path_factory, toy):
             if origin == 'parts' and m == 'fsdp':
                 flags += ['--sharded_ckpt']
             if m == 'one':
-                train.main(flags)
+                run_here('train.py', *flags)
             else:
                 second.append([f'{origin}-to-{m}', -1, -1, flags])
     together(second)
@@ -78,6 +81,7 @@ def difference(a, b):
     return max(abs(float(x['loss_nats']) - float(y['loss_nats'])) for x, y in zip(one, two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', PROCEDURES)
 def test_one_process_ddp_and_fsdp2_have_the_same_losses(name, jobs):
     """Gradient edits, norms and clipping that see a rank's part only."""
@@ -93,6 +97,7 @@ def test_one_process_ddp_and_fsdp2_have_the_same_losses(name, jobs):
     assert a['n_params'] == b['n_params'] and abs(a['final_val_loss'] - b['final_val_loss']) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_rank_holds_half(jobs):
     """w, gamma, u and their moments are the larger part of PMMP's state: sharded like the weights."""
     ddp, parts = (read_run(jobs / f'{m}-pmmp')['held_bytes_per_rank'] for m in ('ddp', 'fsdp'))
@@ -100,12 +105,14 @@ def test_a_rank_holds_half(jobs):
     assert ddp > 40 * n and 0.5 <= parts / ddp < 0.52
 
 
+@pytest.mark.slow
 def test_a_tied_head_and_uneven_rows(jobs):
     """37 rows on two ranks, a weight that is head and embedding, accumulation and recomputed activations."""
     assert difference(jobs / 'one-odd', jobs / 'fsdp-odd') < 1e-5
     assert difference(jobs / 'one-pmmp', jobs / 'fsdp-micro') < 1e-5
 
 
+@pytest.mark.slow
 def test_pruning_sees_the_whole_model(jobs):
     """Thresholds, counts and masks of one rank's rows."""
     one, parts = (read_run(jobs / f'{m}-prune') for m in ('one', 'fsdp'))
@@ -117,6 +124,7 @@ def test_pruning_sees_the_whole_model(jobs):
     assert abs(one['non_zero_params'] / nonzero - 1) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('to', MODES)
 @pytest.mark.parametrize('origin', MODES)
 def test_a_checkpoint_of_any_mode_continues_in_any_other(origin, to, jobs):
@@ -126,6 +134,7 @@ def test_a_checkpoint_of_any_mode_continues_in_any_other(origin, to, jobs):
         assert same(weights_of(jobs / f'{origin}-to-{to}'), weights_of(jobs / f'{origin}-pmmp'))
 
 
+@pytest.mark.slow
 def test_sharded_checkpoints_continue_everywhere_and_convert(jobs, tmp_path):
     """A folder that only as many ranks can read, or whose parts are put together in another order."""
     assert not (jobs / 'parts-cut' / 'ckpt.pt').exists() and read_status(str(jobs / 'parts-cut')) == 'paused'
@@ -133,7 +142,7 @@ def test_sharded_checkpoints_continue_everywhere_and_convert(jobs, tmp_path):
         assert difference(jobs / 'one-prune', jobs / f'parts-to-{m}') < 5e-2            # pruned at another last bit
         assert losses_of(jobs / f'parts-to-{m}')[:25] == losses_of(jobs / 'parts-cut')[:25]
     folder = str(jobs / 'parts-to-fsdp' / 'ckpt.sharded')
-    assert run_here('runs.py', 'convert', folder, str(tmp_path / 'ckpt.pt')) is None
+    assert run_here('runs.py', 'convert', folder, tmp_path / 'ckpt.pt') == 0
     whole, parts = load_checkpoint(str(tmp_path / 'ckpt.pt')), load_checkpoint(folder)
     assert same({**whole, 'versions': 0, 'commit': 0}, {**parts, 'versions': 0, 'commit': 0})
     model, _ = load_model(str(jobs / 'parts-to-fsdp'))

@@ -6,14 +6,15 @@ import sys
 import types
 
 import pytest
-from conftest import ROOT, TINY, run_here, run_script, snapshot
+from conftest import ROOT, TINY, OneProcess, run_here, run_script, snapshot
 
 from configurator import UserError, knobs_of
+from corpus.bins import write_json
 from training import checkpoint, plan
 from training import folder as folders
 from training import run as training_run
 
-QUICK = ('--max_iters=2', '--final_train_blocks=0')
+QUICK = ('--max_iters=2', '--final_train_blocks=-1')
 
 
 def put(folder, status='done', names=('ckpt.pt', 'best.pt', 'log.txt', 'loss.png')):
@@ -90,6 +91,7 @@ print(bytes(sorted(found)).decode())
 """
 
 
+@pytest.mark.slow
 def test_exactly_one_of_sixteen_simultaneous_starts_wins(tmp_path):
     """run.json of the first is not written yet when the second looks: both trained into one folder, 1 time in 4."""
     (tmp_path / 'race.py').write_text(SIXTEEN_STARTS)
@@ -110,6 +112,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_the_lock_names_its_owner_and_goes_with_it(tmp_path):
     """Refused while the other lives, taken over when it was killed, gone when a process has ended by itself."""
     process = subprocess.Popen([sys.executable, '-c', HOLD, tmp_path / 'run'], stdin=subprocess.PIPE,
@@ -227,6 +230,7 @@ def test_a_trainer_that_fails_before_its_first_checkpoint_costs_nothing(name, fi
     assert [n for n in os.listdir(tmp_path) if n.endswith(('.old', '.lock'))] == []
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_moves_the_old_run_back_at_its_exit(tmp_path, toy):
     """As a user calls it: a learning rate that ends in nan."""
     argv = [os.path.join(ROOT, 'train.py'), *TINY, f'--data_dir={toy}', '--dataset=toy', *QUICK,
@@ -339,3 +343,89 @@ def test_half_an_hour_is_the_most_that_a_crash_costs(script):
     """checkpoint_time was 83,000 s by default, and max_runtime ended every run after a day."""
     defaults, _ = knobs_of(os.path.join(ROOT, script))
     assert defaults['checkpoint_time'] == 1800 and defaults['max_runtime'] == 0
+
+
+# --- which folders a run may have ---
+
+@pytest.mark.parametrize('status, overwrite, resume, words', [
+    ('done', False, False, ('--overwrite', 'done')), ('paused', False, False, ('--init_from=resume', '--overwrite')),
+    ('failed', False, False, ('--init_from=resume',)), ('done', False, True, ('finished run', 'resume')),
+    ('done', True, False, None), ('paused', True, False, None), ('paused', False, True, None),
+    ('failed', False, True, None)])
+def test_run_folder_is_refused_or_replaced_as_asked(tmp_path, status, overwrite, resume, words):
+    """Hours of training must not be overwritten by a second launch; nothing changes where it is refused."""
+    (tmp_path / 'run.json').write_text(json.dumps(dict(status=status)))
+    for name in ('ckpt.pt', 'best.pt', 'log.txt', 'train_loss.csv', 'loss.png'):
+        (tmp_path / name).write_text('precious')
+    (tmp_path / 'notes.txt').write_text('mine')
+    before = snapshot(tmp_path)
+    if words:
+        with pytest.raises(UserError) as e:
+            folders.open_run_folder(str(tmp_path), overwrite, resume)
+        assert all(w in str(e.value) for w in words) and str(tmp_path) in str(e.value)
+        assert snapshot(tmp_path) == before
+    else:
+        folders.open_run_folder(str(tmp_path), overwrite, resume)
+        assert snapshot(tmp_path) == (before if resume else {'notes.txt': b'mine'})
+
+
+@pytest.mark.parametrize('overwrite, resume', [(False, False), (True, False), (False, True)])
+def test_a_folder_that_another_process_writes_is_refused(tmp_path, overwrite, resume):
+    """Two runs in one folder: the second clears the log that the first is writing."""
+    (tmp_path / 'run').mkdir()
+    facts = dict(status='running', host=folders.platform.node(), pid=os.getppid())
+    write_json(str(tmp_path / 'run' / 'run.json'), facts)
+    with pytest.raises(UserError, match=f'written by process {os.getppid()}'):
+        folders.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
+    write_json(str(tmp_path / 'run' / 'run.json'), dict(facts, pid=2 ** 22 + 1))
+    folders.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
+
+
+def test_run_folder_that_is_a_file(tmp_path):
+    (tmp_path / 'run').write_text('notes')
+    with pytest.raises(UserError, match='is a file'):
+        folders.open_run_folder(str(tmp_path / 'run'), overwrite=True)
+
+
+def test_overwriting_leaves_no_older_checkpoints_behind(tmp_path):
+    """ckpt.pt.1 of the replaced run would pass for an older checkpoint of the new one."""
+    (tmp_path / 'run.json').write_text(json.dumps(dict(status='done')))
+    for name in ('ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2'):
+        (tmp_path / name).write_text('old')
+    folders.open_run_folder(str(tmp_path), True, False)
+    assert snapshot(tmp_path) == {}
+
+
+# --- run.json and the logs ---
+
+BOOM = """
+import sys, types
+from training.folder import RunRecord
+torch = types.SimpleNamespace(get_num_threads=lambda: 1)
+record = RunRecord(sys.argv[1], dict(seed=3), types.SimpleNamespace(main=True, kind='cpu', world=1, torch=torch))
+record.update(step=5)
+raise RuntimeError('boom')
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_without_a_status_has_failed(tmp_path):
+    """A crash must not leave 'running' behind."""
+    assert run_script('-c', BOOM, tmp_path).returncode == 1
+    assert folders.read_run(tmp_path)['status'] == 'failed' and folders.read_run(tmp_path)['step'] == 5
+
+
+def test_only_rank_0_writes(tmp_path):
+    """Ranks that all write one run.json overwrite each other's numbers."""
+    folders.RunRecord(str(tmp_path), dict(seed=1), OneProcess(1, 2)).update(status='done')
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_resumed_log_is_cut_back_and_takes_a_new_last_column(tmp_path):
+    """A run that began before a column was added keeps its rows; a row cut by a kill goes."""
+    (tmp_path / 'train_loss.csv').write_text('phase,epoch,step,loss\nmain,0,1,2.5\nmain,0,2,2.25\nmain,0,3,2.0\nmain,0')
+    log, loss_file, _ = folders.open_logs(str(tmp_path), ('phase', 'epoch', 'step', 'loss', 'seconds'), 2)
+    log.close()
+    loss_file.close()
+    lines = (tmp_path / 'train_loss.csv').read_text().splitlines()
+    assert lines == ['phase,epoch,step,loss,seconds', 'main,0,1,2.5,', 'main,0,2,2.25,']
