@@ -5,8 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
-from test_train import THREE_PHASES, assert_resumes, stop_at
+from conftest import THREE_PHASES, assert_resumes, run_here, stop_at
 
 import score
 from codec import weights
