@@ -671,8 +671,8 @@ if __name__ == '__main__':
             total_nats, = run.reduce(nats)
             loss = total_nats / n_scored
 
-            # The procedure adds the gradient of its penalty; the norm is logged without and with it. Gradients of weights
-            # that are pruned are no part of either: they would make clipping throttle the weights that are left.
+            # The procedure adds the gradient of its penalty; the norm is logged without and with it. Gradients of
+            # pruned weights are no part of either: they would make clipping throttle the weights that are left.
             masks.on_gradients()
             grad_norm = penalised_norm = parallel.norm_of(all_params, env)
             if running.edits:
