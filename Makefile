@@ -1,9 +1,9 @@
-# make demo · make test · make bench: each makes .venv and installs what it needs. PYTHON=python3.12 picks another Python.
+# make demo · make check · make test · make bench: each makes .venv and installs what it needs. PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := out/sample_pmmp
 
-.PHONY: demo test bench lint clean
+.PHONY: demo check test bench lint clean
 .DELETE_ON_ERROR:
 
 .venv/run: requirements.txt
@@ -29,8 +29,12 @@ demo: .venv/run
 	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --online_archives=out/demo.online --baselines
 	$(PY) runs.py
 
+# In every commit: the style, and all tests that need no processes of their own.
+check: lint
+	$(PY) -m pytest tests -m "not slow"
+
 test: .venv/dev
-	.venv/bin/python -m pytest tests
+	$(PY) -m pytest tests
 
 lint: .venv/dev
 	.venv/bin/ruff check .

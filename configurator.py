@@ -19,11 +19,13 @@ class UserError(ValueError):
     """A mistake the user can mend: one line with the value, the expectation and the cure."""
 
 
-# Knobs and scripts of earlier versions: {name: (the only value that may still be given, what to do instead)}.
+# Knobs of earlier versions: {name: (the only value that may still be given, what to do instead)}.
 RETIRED = {
     'decoupled': (False, 'the penalty goes through the optimiser, as published'),
     'tokens_per_second': (0.0, '--check prints hours for two speeds'),
+    'mode': ('information', 'what each token costs is asked by python -m lab.entropy --from_ckpt=out/RUN'),
 }
+
 
 
 def knobs_of(path):
@@ -42,7 +44,8 @@ def knobs_of(path):
     block = text_between(lines, places)
     for module, name in dataclasses_named_in(body):
         fields, text = fields_of(os.path.join(os.path.dirname(path), f'{module}.py'), name)
-        defaults.update({field: value for field, value in fields.items() if field not in defaults})
+        for field, value in fields.items():
+            defaults.setdefault(field, value)
         block += f'\n# fields of {name} in {module}.py are knobs too\n{text}'
     return defaults, block
 
@@ -80,19 +83,19 @@ def dataclasses_named_in(body):
     """Yield (module, class) of each `configure(..., fields_of='module.Class')` among top-level statements."""
     for node in body:
         call = getattr(node, 'value', None)
-        if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure':
-            for keyword in call.keywords:
-                if keyword.arg == 'fields_of':
-                    yield keyword.value.value.split('.')
+        if not isinstance(call, ast.Call) or getattr(call.func, 'id', '') != 'configure':
+            continue
+        for keyword in call.keywords:
+            if keyword.arg == 'fields_of':
+                yield keyword.value.value.split('.')
 
 
 def fields_of(path, name):
     """Return ({field: default}, source text) of a dataclass in a file."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name]
-    assert found, f'{path} has no class {name}'
-    nodes = [node for node in found[0].body if literal_of(node)[0]]
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    nodes = [node for node in classes[name].body if literal_of(node)[0]]
     fields = dict(literal_of(node) for node in nodes)
     return fields, text_between(source.splitlines(), nodes)
 
@@ -144,6 +147,16 @@ def retired(name, value, where):
     return True
 
 
+def retired_flag(name, equals, text, where):
+    """Say whether --NAME, --no-NAME or --NAME=text is a knob of an earlier version; refuse all but its last value."""
+    positive = name.removeprefix('no_')
+    if not equals and positive in RETIRED and type(RETIRED[positive][0]) is bool:
+        return retired(positive, positive == name, where)
+    if name not in RETIRED:
+        return False
+    return retired(name, parse(name, text, RETIRED[name][0], where), where)
+
+
 def unknown(name, defaults, where):
     close = difflib.get_close_matches(name, defaults, 1, 0.5)
     hint = f'did you mean {close[0]}?' if close else 'see --help for the list'
@@ -180,10 +193,10 @@ def run_config_file(path, values, defaults):
         exec(code, space)
     except Exception as e:
         raise UserError(f'{path}: {type(e).__name__}: {e}') from e
+
+    # What it leaves behind are knobs, but for what it imported and its private names.
     for name, value in space.items():
-        if name.startswith('_') or isinstance(value, types.ModuleType):
-            continue
-        if retired(name, value, path):
+        if name.startswith('_') or isinstance(value, types.ModuleType) or retired(name, value, path):
             continue
         if name not in defaults:
             raise unknown(name, defaults, path)
@@ -218,75 +231,115 @@ def split_paths(argv, count, command):
     return paths, rest
 
 
-def configure(namespace, argv=None, verbs=None, fields_of='', rules=None):
+def configure(namespace, argv=None, verbs=None, fields_of='', default_verb='', rules=None):
     """Set a script's knobs from argv and return them as a dict; with verbs, return (verb, paths, dict).
 
     namespace: globals() of the script. argv: list of str; by default the command line where the script is the program,
-    and nothing where it is imported. verbs: {verb: number of paths, or what else split_paths takes}. fields_of: a
-    dataclass whose fields are knobs too, found in the source by knobs_of. rules(knobs as attributes) gives what require
-    checks right after, before anything heavy is imported. Defaults are read from the source, so a
-    second call in one process starts afresh. Raises UserError; --help exits 0.
+    and nothing where it is imported. verbs: {verb: number of paths, or what else split_paths takes}; default_verb: what
+    is meant where none is named. fields_of: a dataclass whose fields are knobs too, found in the source by knobs_of.
+    rules(knobs as attributes): what require checks right after, before anything heavy is imported.
+    Defaults are read from the source, so a second call in one process starts afresh. Raises UserError; --help exits 0.
     """
+    defaults, block = knobs_of(namespace['__file__'])
     if argv is None and namespace.get('__name__', '__main__') != '__main__':
-        defaults, _ = knobs_of(namespace['__file__'])
         return ('', [], defaults) if verbs else defaults
     if argv is None:
         as_program()
         argv = sys.argv[1:]
     argv = list(argv)
-    script = os.path.basename(namespace['__file__'])
-    defaults, block = knobs_of(namespace['__file__'])
-    values, verb, paths = dict(defaults), '', []
-    has_overwrite = isinstance(defaults.get('overwrite'), bool)
-    if any(a in ('--help', '-h') for a in argv) or (verbs and not argv):
-        print(namespace['__doc__'] or '')
-        print('# knobs, with their defaults\n' + block if block else '')
+    asks_for_help = '--help' in argv or '-h' in argv
+    if default_verb and not asks_for_help and (not argv or argv[0].startswith('--')):
+        argv = [default_verb, *argv]
+    if asks_for_help or (verbs and not argv):
+        print_help(namespace['__doc__'], block)
         raise SystemExit(0)
+
+    # The verb and its paths come first, then config files and flags in any order.
+    script = os.path.basename(namespace['__file__'])
+    has_overwrite = isinstance(defaults.get('overwrite'), bool)
+    verb = ''
+    paths = []
     if verbs:
-        verb = argv.pop(0)
-        if verb not in verbs:
-            close = difflib.get_close_matches(verb, verbs, 1, 0.4)
-            hint = f'did you mean {close[0]}? ' if close else ''
-            raise UserError(f'{script}: unknown verb {verb!r}; {hint}known: {", ".join(verbs)}')
-        f_first = has_overwrite and argv[:1] == ['-f']          # where gzip's and xz's users write it
-        paths, argv = split_paths(argv[1:] if f_first else argv, verbs[verb], f'{script} {verb}')
-        if f_first:
-            argv = ['-f', *argv]
+        verb, paths, argv = split_verb(argv, verbs, script, has_overwrite)
+    values = dict(defaults)
     for arg in argv:
         if arg == '-f' and has_overwrite:
             arg = '--overwrite'
-        if not arg.startswith('--'):
-            if not arg.endswith('.py'):
-                raise UserError(f'{script}: {arg!r} is neither a config file (*.py) nor --key=value')
+        if arg.startswith('--'):
+            set_by_flag(arg, values, defaults)
+        elif arg.endswith('.py'):
             values = run_config_file(arg, values, defaults)
-            continue
-        name, equals, text = arg[2:].partition('=')
-        name = name.replace('-', '_')
-        if name in defaults and equals:
-            values[name] = parse(name, text, defaults[name], 'command line')
-        elif isinstance(defaults.get(name), bool):
-            values[name] = True
-        elif not equals and name.startswith('no_') and isinstance(defaults.get(name[3:]), bool):
-            values[name[3:]] = False
-        elif name in RETIRED:
-            retired(name, parse(name, text, RETIRED[name][0], 'command line'), 'command line')
-        elif name in defaults:
-            raise UserError(f'command line: --{name} needs a value, write --{name}={defaults[name]!r}')
         else:
-            raise unknown(name, defaults, 'command line')
+            raise UserError(f'{script}: {arg!r} is neither a config file (*.py) nor --key=value')
     namespace.update(values)
     if rules:
         require(*rules(types.SimpleNamespace(**values)))
     return (verb, paths, values) if verbs else values
 
 
+def print_help(docstring, block):
+    """Print what --help says: the docstring and the knob block as the source has them."""
+    print(docstring or '')
+    if block:
+        print('# knobs, with their defaults')
+    print(block)
+
+
+def split_verb(argv, verbs, script, has_overwrite):
+    """Return (verb, its paths, other arguments) of a command line that begins with a verb; UserError where it is none.
+
+    Where the script has the knob overwrite, -f may stand between the verb and the paths, as gzip's and xz's users
+    write it.
+    """
+    verb = argv[0]
+    rest = argv[1:]
+    if verb not in verbs:
+        close = difflib.get_close_matches(verb, verbs, 1, 0.4)
+        hint = f'did you mean {close[0]}? ' if close else ''
+        raise UserError(f'{script}: unknown verb {verb!r}; {hint}known: {", ".join(verbs)}')
+    if has_overwrite and rest[:1] == ['-f']:
+        paths, rest = split_paths(rest[1:], verbs[verb], f'{script} {verb}')
+        return verb, paths, ['-f', *rest]
+    paths, rest = split_paths(rest, verbs[verb], f'{script} {verb}')
+    return verb, paths, rest
+
+
+def set_by_flag(flag, values, defaults):
+    """Set the knob that --key=value, --key or --no-key names."""
+    where = 'command line'
+    name, equals, text = flag[2:].partition('=')
+    name = name.replace('-', '_')
+    default = defaults.get(name)
+    if name in defaults and equals:
+        values[name] = parse(name, text, default, where)
+    elif isinstance(default, bool):
+        values[name] = True
+    elif not equals and name.startswith('no_') and isinstance(defaults.get(name[3:]), bool):
+        values[name[3:]] = False
+    elif retired_flag(name, equals, text, where):
+        return
+    elif name in defaults:
+        raise UserError(f'{where}: --{name} needs a value, write --{name}={default!r}')
+    else:
+        raise unknown(name, defaults, where)
+
+
 def require(*rules):
     """Raise one UserError that lists every rule that fails; a rule is (holds, message with the value and the cure)."""
-    problems = [message for holds, message in rules if not holds]
-    if len(problems) > 1:
-        problems = ['; '.join(f'({i}) {p}' for i, p in enumerate(problems, 1))]
-    if problems:
+    refuse(failed(*rules))
+
+
+def failed(*rules):
+    """Return the messages of the rules that fail."""
+    return [message for holds, message in rules if not holds]
+
+
+def refuse(problems):
+    """Raise one UserError that lists all problems; none, no error."""
+    if len(problems) == 1:
         raise UserError(problems[0])
+    if problems:
+        raise UserError('; '.join(f'({i}) {problem}' for i, problem in enumerate(problems, 1)))
 
 
 def one_of(name, value, choices):

@@ -1,8 +1,10 @@
-"""The transformer that every script trains, prunes, evaluates and packs; its named sizes, counts and optimiser groups.
+"""The transformer that every script trains, prunes, evaluates and packs; its named sizes and counts.
 
 Pre-norm decoder: x += attention(norm(x)); x += feed_forward(norm(x)); final norm; head. Options: positions (sinusoidal,
-learned, rotary), norm, activation, tied head, bias, QK-norm. Shape legend: B batch, T time, C channels, H heads, D head
-width, V vocabulary.
+learned, rotary), norm, activation, tied head, bias, QK-norm; a mixer in place of attention; an encoder beside it.
+
+Shapes: B batch, T time, C channels, H heads, D head width, V vocabulary; S positions seen so far, with a cache; of
+mixers: n positions, G groups (heads and their expansions).
 """
 import functools
 import math
@@ -13,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, at_least, one_of, require
+from configurator import UserError, at_least, failed, one_of, refuse, require
 
 SIZES = {                               # arXiv 2505.17469: bytes, feed-forward 4d, untied head, sinusoidal positions
     'transformer200k': dict(n_embd=64, n_head=4, n_layer=4, block_size=2048),
@@ -32,8 +34,6 @@ ACTIVATIONS = {
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
     'relu2': lambda x: F.relu(x).square(),
 }
-
-
 BYTES = 256                             # the vocabulary of byte data
 
 
@@ -65,50 +65,79 @@ class ModelConfig:
     chunk_size: int = 0                 # memory: tokens of a chunk
 
     def __post_init__(self):
-        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'kernel')
-        mixer, n_chunks = self.block_type != 'attention', self.block_size // max(self.chunk_size, 1)
-        require(*(at_least(k, getattr(self, k), 1) for k in sizes),
-                *(at_least(k, getattr(self, k), 0) for k in ('expansion', 'n_layer_encoder', 'bottleneck')),
-                one_of('block_type', self.block_type, ('attention', 'mixer', 'multihead_mixer')),
-                one_of('wrapper', self.wrapper, ('', 'autoencoder', 'oracle', 'memory')),
-                one_of('spread', self.spread, ('repeat', 'unroll')),
-                one_of('memory', self.memory, ('token', 'concat', 'add', 'none')),
-                (mixer or self.kernel == 1 and not self.expansion, f'kernel = {self.kernel} and expansion ='
-                 f' {self.expansion} are of mixers; set block_type'),
-                (self.kernel % 2 == 1 and self.kernel <= self.n_embd, f'kernel = {self.kernel}, expected an odd number'
-                 f' up to n_embd = {self.n_embd}'),
-                (not mixer or self.block_size % 2 == 0, f'block_size = {self.block_size}, a mixer\'s must be even'),
-                (not (mixer and self.positions == 'rotary'), 'rotary positions turn the keys of attention, a mixer has'
-                 ' none; use positions = none'),
-                (not (self.wrapper and self.tied), f'wrapper = {self.wrapper!r} has no tied head; set tied = False'),
-                (self.wrapper != 'autoencoder' or self.spread == 'repeat' or self.n_embd % 2 == 0,
-                 f'spread = unroll takes half of n_embd = {self.n_embd}, which must be even'),
-                (self.wrapper != 'memory' or self.chunk_size > 1 and self.block_size % self.chunk_size == 0
-                 and n_chunks > 1, f'chunk_size = {self.chunk_size}: chunks of more than one token must fill block_size'
-                 f' = {self.block_size}, two at least'),
-                (self.wrapper != 'memory' or not mixer or (self.chunk_size % 2, n_chunks % 2) == (0, 0),
-                 f'a mixer\'s length must be even: {n_chunks} chunks of {self.chunk_size} are not both'),
-                (self.wrapper != 'memory' or self.memory in ('token', 'none'),
-                 f'memory = {self.memory!r} is of wrapper = oracle; use token (one per earlier chunk) or none'),
-                (self.n_head < 1 or self.n_embd % self.n_head == 0,
-                 f'n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}'),
-                (self.positions != 'rotary' or self.n_embd // max(self.n_head, 1) % 2 == 0,
-                 f'rotary positions need an even head width, got {self.n_embd} / {self.n_head}'),
-                (0 <= self.dropout < 1, f'dropout = {self.dropout}, expected 0 <= dropout < 1'),
-                one_of('positions', self.positions, ('sinusoidal', 'learned', 'rotary', 'none')),
-                one_of('norm', self.norm, ('layernorm', 'rmsnorm')),
-                one_of('activation', self.activation, tuple(ACTIVATIONS)))
+        refuse(self._problems())
+
+    def _problems(self):
+        """List what is wrong, one message each; a rule must bear values that break the others."""
+        problems = failed(
+            *(at_least(name, getattr(self, name), 1) for name in MUST_BE_POSITIVE),
+            *(at_least(name, getattr(self, name), 0) for name in MAY_BE_ZERO),
+            one_of('block_type', self.block_type, ('attention', 'mixer', 'multihead_mixer')),
+            one_of('wrapper', self.wrapper, ('', 'autoencoder', 'oracle', 'memory')),
+            one_of('spread', self.spread, ('repeat', 'unroll')),
+            one_of('memory', self.memory, ('token', 'concat', 'add', 'none')))
+        problems += self._problems_of_mixers()
+        problems += self._problems_of_wrappers()
+        if self.n_head >= 1 and self.n_embd % self.n_head:
+            problems.append(f'n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}')
+        head_width = self.n_embd // max(self.n_head, 1)
+        if self.positions == 'rotary' and head_width % 2:
+            problems.append(f'rotary positions need an even head width, got {self.n_embd} / {self.n_head}')
+        if not 0 <= self.dropout < 1:
+            problems.append(f'dropout = {self.dropout}, expected 0 <= dropout < 1')
+        problems += failed(
+            one_of('positions', self.positions, ('sinusoidal', 'learned', 'rotary', 'none')),
+            one_of('norm', self.norm, ('layernorm', 'rmsnorm')),
+            one_of('activation', self.activation, tuple(ACTIVATIONS)))
+        return problems
+
+    def _problems_of_mixers(self):
+        problems = []
+        mixer = self.block_type != 'attention'
+        if not mixer and (self.kernel != 1 or self.expansion):
+            problems.append(f'kernel = {self.kernel} and expansion = {self.expansion} are of mixers; set block_type')
+        if self.kernel % 2 != 1 or self.kernel > self.n_embd:
+            problems.append(f'kernel = {self.kernel}, expected an odd number up to n_embd = {self.n_embd}')
+        if mixer and self.block_size % 2:
+            problems.append(f"block_size = {self.block_size}, a mixer's must be even")
+        if mixer and self.positions == 'rotary':
+            problems.append('rotary positions turn the keys of attention, a mixer has none; use positions = none')
+        return problems
+
+    def _problems_of_wrappers(self):
+        problems = []
+        if self.wrapper and self.tied:
+            problems.append(f'wrapper = {self.wrapper!r} has no tied head; set tied = False')
+        if self.wrapper == 'autoencoder' and self.spread != 'repeat' and self.n_embd % 2:
+            problems.append(f'spread = unroll takes half of n_embd = {self.n_embd}, which must be even')
+        if self.wrapper != 'memory':
+            return problems
+        n_chunks = self.block_size // max(self.chunk_size, 1)
+        if self.chunk_size <= 1 or self.block_size % self.chunk_size or n_chunks <= 1:
+            problems.append(f'chunk_size = {self.chunk_size}: chunks of more than one token must fill block_size'
+                            f' = {self.block_size}, two at least')
+        if self.block_type != 'attention' and (self.chunk_size % 2 or n_chunks % 2):
+            problems.append(f"a mixer's length must be even: {n_chunks} chunks of {self.chunk_size} are not both")
+        if self.memory not in ('token', 'none'):
+            problems.append(f'memory = {self.memory!r} is of wrapper = oracle; use token (one per earlier chunk) or'
+                            ' none')
+        return problems
 
 
-N_PLAIN = [*ModelConfig.__dataclass_fields__].index('block_type')       # fields before it are in every model_args
+MUST_BE_POSITIVE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'kernel')
+MAY_BE_ZERO = ('expansion', 'n_layer_encoder', 'bottleneck')
+FIELDS = ModelConfig.__dataclass_fields__
+ALWAYS_SAVED = tuple(FIELDS)[:tuple(FIELDS).index('block_type')]        # in every checkpoint's model_args
 
 
 def config_from_knobs(knobs, vocab_size):
     """Build a ModelConfig: the named size, then every knob of it that is set (> 0, or not '')."""
     require(one_of('model', knobs['model'], tuple(SIZES)))
     size = dict(SIZES[knobs['model']])
-    size.update({k: knobs[k] for k in size if knobs[k] > 0})
-    options = {k: knobs[k] for k in ModelConfig.__dataclass_fields__ if k in knobs and k not in size}
+    for name in size:
+        if knobs[name] > 0:
+            size[name] = knobs[name]
+    options = {name: knobs[name] for name in FIELDS if name in knobs and name not in size}
     return ModelConfig(vocab_size=vocab_size, **size, **options)
 
 
@@ -118,8 +147,10 @@ def config_from_knobs(knobs, vocab_size):
 # only.
 # Both differ from the defaults by rounding alone; neither is used under torch.compile.
 
-ENOUGH, ROWS = 1 << 13, 64              # oneDNN's call takes 13 us: it pays for larger weights and from so many rows
-QUERIES, LONGEST = 128, 1024            # queries of a block of attention; up to this length blocks are faster
+ENOUGH = 1 << 13                        # oneDNN's call takes 13 us: it pays for weights with more entries than these,
+ROWS = 64                               # and from so many rows
+QUERIES = 128                           # queries of a block of attention
+LONGEST = 1024                          # up to this length blocks are faster
 
 
 @functools.lru_cache(None)
@@ -141,19 +172,34 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad, needed, product = grad.reshape(-1, grad.size(-1)), ctx.needs_input_grad, onednn()
-        return (product(grad, weight.t(), None, 'none', [], '').view_as(x) if needed[0] else None,
-                product(grad.t(), x.reshape(-1, x.size(-1)).t(), None, 'none', [], '') if needed[1] else None,
-                grad.sum(0) if needed[2] else None)
+        x_needed, weight_needed, bias_needed = ctx.needs_input_grad
+        product = onednn()
+        grad = grad.reshape(-1, grad.size(-1))                          # (rows, N)
+        grad_x = grad_weight = grad_bias = None
+        if x_needed:
+            grad_x = product(grad, weight.t(), None, 'none', [], '').view_as(x)
+        if weight_needed:
+            rows = x.reshape(-1, x.size(-1))                            # (rows, K)
+            grad_weight = product(grad.t(), rows.t(), None, 'none', [], '')
+        if bias_needed:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def suits_onednn(x, weight):
+    """Say whether oneDNN's product is the faster one: large enough, whole vectors of 16, float32, not compiled."""
+    if weight.numel() <= ENOUGH or x.numel() < ROWS * x.size(-1) or x.size(-1) % 16:
+        return False
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or onednn() is None:
+        return False
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'))
 
 
 def linear(x, weight, bias=None):
     """F.linear, through oneDNN where that is faster."""
-    unfit = weight.numel() <= ENOUGH or x.numel() < ROWS * x.size(-1) or x.size(-1) % 16        # 16: whole vectors
-    if unfit or x.device.type != 'cpu' or x.dtype != torch.float32 or onednn() is None \
-            or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
-        return F.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias)
+    if suits_onednn(x, weight):
+        return _Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -165,8 +211,9 @@ class Linear(nn.Linear):
 def _masks(length):
     """For each block of queries but the first, what is added to its scores against the keys up to its own last one."""
     with torch.inference_mode(False):                   # the first to ask may be scoring, the next one training
-        seen = torch.zeros(length, length).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
-        return [seen[i:i + QUERIES, :i + QUERIES] for i in range(QUERIES, length, QUERIES)]
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        added = torch.zeros(length, length).masked_fill(later, -torch.inf)
+        return [added[i:i + QUERIES, :i + QUERIES] for i in range(QUERIES, length, QUERIES)]
 
 
 def causal_attention(q, k, v, dropout=0.0):
@@ -174,11 +221,26 @@ def causal_attention(q, k, v, dropout=0.0):
     T = q.size(2)
     if q.device.type != 'cpu' or not QUERIES < T <= LONGEST or dropout or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
-    found = [F.scaled_dot_product_attention(*(x[:, :, :QUERIES] for x in (q, k, v)), is_causal=True)]
-    for i, mask in zip(range(QUERIES, T, QUERIES), _masks(T)):
-        stop = i + QUERIES
-        found.append(F.scaled_dot_product_attention(q[:, :, i:stop], k[:, :, :stop], v[:, :, :stop], mask.to(q.dtype)))
-    return torch.cat(found, 2)
+    attention = F.scaled_dot_product_attention
+    first = slice(0, QUERIES)
+    outputs = [attention(q[:, :, first], k[:, :, first], v[:, :, first], is_causal=True)]
+    for start, mask in zip(range(QUERIES, T, QUERIES), _masks(T)):
+        stop = start + QUERIES
+        outputs.append(attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask.to(q.dtype)))
+    return torch.cat(outputs, 2)                                        # (B, H, T, D)
+
+
+def with_earlier(x, cache, i):
+    """Return all positions seen so far (B, H, S, D), the new ones x last, and keep them as entry i of a cache.
+
+    cache: list of tensors of one block, filled in place; None, nothing is kept and there is nothing before x.
+    """
+    if cache is None:
+        return x
+    if len(cache) > i:
+        x = torch.cat((cache[i], x), 2)
+    cache[i:i + 1] = [x]
+    return x
 
 
 # --- the masked mixer: causal mixing of tokens by learned matrices instead of attention (Badger, arXiv 2409.01482) ---
@@ -203,7 +265,9 @@ class Triangles(nn.Module):
 
     def __init__(self, n, groups=1, kernel=1, bias=True):
         super().__init__()
-        self.n, self.groups, self.kernel = n, groups, kernel
+        self.n = n
+        self.groups = groups
+        self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(groups * kernel * n // 2, n + 1))
         self.bias = nn.Parameter(torch.empty(groups * n)) if bias else None
 
@@ -213,18 +277,30 @@ class Triangles(nn.Module):
 
     def forward(self, x, start=0):
         """Mix x and return the positions from start on."""
-        B, G, T, D = x.shape
-        weight = self.matrices()[:, :, start:T, :T]
-        bias = None if self.bias is None else self.bias.view(G, self.n)[:, start:T]
+        T = x.size(2)
+        weight = self.matrices()[:, :, start:T, :T]                     # (G, kernel, T - start, T)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.view(self.groups, self.n)[:, start:T]      # (G, T - start)
         if self.kernel > 1:
-            y = F.conv1d(x.reshape(B, G * T, D), weight.permute(0, 2, 3, 1).flatten(0, 1),
-                         None if bias is None else bias.flatten(), padding=self.kernel // 2, groups=G)
-            return y.view(B, G, T - start, D)
-        if G == 1:                              # one product for the whole batch: features are its rows
-            y = linear(x[:, 0].transpose(1, 2), weight[0, 0], None if bias is None else bias[0])
-            return y.transpose(1, 2)[:, None]
-        y = weight[:, 0] @ x
+            return self._convolved(x, weight, bias)
+        if self.groups == 1:
+            # One product for the whole batch: the features are its rows.
+            features = x[:, 0].transpose(1, 2)                          # (B, D, T)
+            y = linear(features, weight[0, 0], None if bias is None else bias[0])
+            return y.transpose(1, 2)[:, None]                           # (B, 1, T - start, D)
+        y = weight[:, 0] @ x                                            # (B, G, T - start, D)
         return y if bias is None else y + bias[:, :, None]
+
+    def _convolved(self, x, weight, bias):
+        """The positions are the channels, and the kernel moves along the features."""
+        B, G, T, D = x.shape
+        channels = x.reshape(B, G * T, D)
+        filters = weight.permute(0, 2, 3, 1).flatten(0, 1)              # (G·(T - start), T, kernel)
+        if bias is not None:
+            bias = bias.flatten()
+        y = F.conv1d(channels, filters, bias, padding=self.kernel // 2, groups=G)
+        return y.view(B, G, -1, D)
 
 
 class Mixer(nn.Module):
@@ -236,49 +312,60 @@ class Mixer(nn.Module):
 
     def __init__(self, n, width, n_head=1, kernel=1, expansion=0, bias=True):
         super().__init__()
-        self.n_head, self.expansion = n_head, expansion
-        self.heads, self.proj = (Linear(width, width, bias=bias) if n_head > 1 else None for _ in range(2))
+        self.n_head = n_head
+        self.expansion = expansion
+        self.heads = None
+        self.proj = None
+        if n_head > 1:
+            self.heads = Linear(width, width, bias=bias)
+            self.proj = Linear(width, width, bias=bias)
         self.mix = Triangles(n, n_head * max(expansion, 1), kernel, bias)
-        self.mix_down = Triangles(n, n_head * expansion, kernel, bias) if expansion else None
+        self.mix_down = None
+        if expansion:
+            self.mix_down = Triangles(n, n_head * expansion, kernel, bias)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
+        H = self.n_head
+        D = C // H
         if self.heads:
             x = self.heads(x)
-        x = x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)         # (B, H, T, D)
+        x = x.view(B, T, H, D).transpose(1, 2)                          # (B, H, T, D)
         if self.expansion:
-            x = x.repeat_interleave(self.expansion, 1)
-        start = 0
-        if cache is not None:                                                   # earlier inputs of the mixings
-            start = cache[0].size(2) if cache else 0
-            x = torch.cat((cache[0], x), 2) if start else x
-            cache[0:1] = [x]
-        y = self.mix(x, start)
+            x = x.repeat_interleave(self.expansion, 1)                  # (B, G, T, D)
+
+        # A cache keeps the inputs of both mixings, for a mixing reads all earlier ones.
+        x = with_earlier(x, cache, 0)                                   # (B, G, S, D)
+        start = x.size(2) - T
+        y = self.mix(x, start)                                          # (B, G, T, D)
         if self.expansion:
-            y = F.gelu(y)
-            if cache is not None:
-                y = torch.cat((cache[1], y), 2) if start else y
-                cache[1:2] = [y]
-            y = self.mix_down(y, start).view(B, self.n_head, self.expansion, T, C // self.n_head).sum(2)
+            y = with_earlier(F.gelu(y), cache, 1)
+            y = self.mix_down(y, start).view(B, H, self.expansion, T, D).sum(2)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.proj(y) if self.heads else y
 
 
 # --- the transformer ---
 
+def angles(n_positions, width):
+    """Return position times frequency (T, width/2, rounded up), float64; frequencies fall from 1 to 1/10,000."""
+    positions = torch.arange(n_positions, dtype=torch.float64)
+    channels = torch.arange(0, width, 2, dtype=torch.float64)
+    return positions[:, None] * torch.exp(channels * (-math.log(10000.0) / width))
+
+
 def sinusoids(n_positions, n_embd):
     """Return the (T, C) table of Vaswani et al. 2017 §3.5: sines in even channels, cosines in odd ones."""
-    angle = torch.arange(n_positions, dtype=torch.float64)[:, None] * torch.exp(
-        torch.arange(0, n_embd, 2, dtype=torch.float64) * (-math.log(10000.0) / n_embd))
+    angle = angles(n_positions, n_embd)
     table = torch.zeros(n_positions, n_embd, dtype=torch.float64)
-    table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()[:, :n_embd // 2]
+    table[:, 0::2] = angle.sin()
+    table[:, 1::2] = angle.cos()[:, :n_embd // 2]
     return table.float()
 
 
 def rotary_table(n_positions, head_width):
     """Return the cosine and sine tables (T, D/2) of rotary positions (Su et al. 2021), base 10,000."""
-    angle = torch.arange(n_positions, dtype=torch.float64)[:, None] * torch.exp(
-        torch.arange(0, head_width, 2, dtype=torch.float64) * (-math.log(10000.0) / head_width))
+    angle = angles(n_positions, head_width)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -289,7 +376,9 @@ def rotate(x, cos, sin):
 
 
 def make_norm(config, width):
-    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layernorm' else nn.RMSNorm(width, eps=1e-5)
+    if config.norm == 'layernorm':
+        return nn.LayerNorm(width, bias=config.bias)
+    return nn.RMSNorm(width, eps=1e-5)
 
 
 class Attention(nn.Module):
@@ -297,26 +386,41 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, self.rotary = config.n_head, config.dropout, config.positions == 'rotary'
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.rotary = config.positions == 'rotary'
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        head_width = config.n_embd // config.n_head
-        self.q_norm, self.k_norm = (nn.RMSNorm(head_width, eps=1e-5) if config.qk_norm else nn.Identity() for _ in 'qk')
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            head_width = config.n_embd // config.n_head
+            self.q_norm = nn.RMSNorm(head_width, eps=1e-5)
+            self.k_norm = nn.RMSNorm(head_width, eps=1e-5)
 
     def forward(self, x, rope=None, cache=None, mask=None):
+        """x (B, T, C) -> (B, T, C). rope: cosines and sines of its positions; mask: who sees whom, None = causal."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
-        q, k = self.q_norm(q), self.k_norm(k)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, D) each
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        causal = mask is None
-        if cache is not None:
-            if cache:
-                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
-                mask, causal = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T), False
-            cache[:] = k, v
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+
+        # After earlier calls the queries are the last T of S positions.
+        k = with_earlier(k, cache, 0)                                   # (B, H, S, D)
+        v = with_earlier(v, cache, 1)
+        S = k.size(2)
+        if S > T:
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+
         dropout = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, dropout) if causal else F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        if mask is None:
+            y = causal_attention(q, k, v, dropout)                      # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -334,18 +438,24 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.is_mixer = config.block_type != 'attention'
         self.norm1 = make_norm(config, config.n_embd)
-        if config.block_type == 'attention':
-            self.attention = Attention(config)
+        if self.is_mixer:
+            n_head = config.n_head if config.block_type == 'multihead_mixer' else 1
+            self.mixer = Mixer(config.block_size, config.n_embd, n_head, config.kernel, config.expansion, config.bias)
         else:
-            self.mixer = Mixer(config.block_size, config.n_embd, config.n_head if 'multihead' in config.block_type else
-                               1, config.kernel, config.expansion, config.bias)
-        self.norm2, self.feed_forward = make_norm(config, config.n_embd), FeedForward(config)
+            self.attention = Attention(config)
+        self.norm2 = make_norm(config, config.n_embd)
+        self.feed_forward = FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, rope=None, cache=None, mask=None):
         y = self.norm1(x)
-        x = x + self.drop(self.mixer(y, cache) if hasattr(self, 'mixer') else self.attention(y, rope, cache, mask))
+        if self.is_mixer:
+            y = self.mixer(y, cache)
+        else:
+            y = self.attention(y, rope, cache, mask)
+        x = x + self.drop(y)
         return x + self.drop(self.feed_forward(self.norm2(x)))
 
 
@@ -356,12 +466,16 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.block_size, config.n_embd) if config.positions == 'learned' else None
+        self.position = None
+        if config.positions == 'learned':
+            self.position = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.recompute = False                  # activation checkpointing: keep a block's input only, run it twice
-        self.left_padding = False               # an input of -1 is seen by no position but its own (rows.py)
+        self.left_padding = False               # an input of -1 is seen by no position but its own (corpus/rows.py)
         self.norm = make_norm(config, config.n_embd) if config.final_norm else nn.Identity()
+
+        # Tables of positions are computed, not saved.
         if config.positions == 'sinusoidal':
             self.register_buffer('sinusoid', sinusoids(config.block_size, config.n_embd), persistent=False)
         if config.positions == 'rotary':
@@ -377,41 +491,51 @@ class Stack(nn.Module):
         times smaller, the tokens would be noise on the position signal after the first norm. Without positions it
         starts at 1, and a mixer's matrices at a convolution's 1/sqrt(3 n kernel), as in Badger's code.
         """
-        residual, config = 0.02 / math.sqrt(2 * self.config.n_layer), self.config
-        token = 0.02 if config.tied else {'sinusoidal': 0.71, 'none': 1.0}.get(config.positions, 0.02)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                mixing = (3 * (p.size(1) - 1) * config.kernel) ** -0.5 if name.split('.')[-2].startswith('mix') else 0
-                narrow = name.endswith(('proj.weight', 'down.weight'))
-                nn.init.normal_(p, 0.0, mixing or (token if name.endswith('embed.weight') else residual if narrow else
-                                                   0.02))
+                nn.init.normal_(p, 0.0, self._deviation(name, p))
+            elif name.endswith('bias'):
+                nn.init.constant_(p, 0.0)
             else:
-                nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
+                nn.init.constant_(p, 1.0)
+
+    def _deviation(self, name, p):
+        """Standard deviation of the initial weights of a named matrix."""
+        layer = name.split('.')[-2]
+        if layer in ('mix', 'mix_down'):
+            n = p.size(1) - 1
+            return (3 * n * self.config.kernel) ** -0.5
+        if layer == 'embed':
+            return self._deviation_of_tokens()
+        if layer in ('proj', 'down'):
+            return 0.02 / math.sqrt(2 * self.config.n_layer)
+        return 0.02
+
+    def _deviation_of_tokens(self):
+        if not self.config.tied and self.config.positions == 'sinusoidal':
+            return 0.71
+        if not self.config.tied and self.config.positions == 'none':
+            return 1.0
+        return 0.02
 
     def hidden(self, x, cache=None):
         """Return the states after the final norm (B, T, C) for ids (B, T), or for states (B, T, C) in their place.
 
         cache is a list of one list per block, filled in place.
         """
+        # Positions go on where the cache ends.
         start = cache[0][0].size(2) if cache and cache[0] else 0
         stop = start + x.size(1)
         if stop > self.config.block_size:
             raise UserError(f'{stop} positions asked of a model with block_size = {self.config.block_size};'
                             ' use shorter rows')
-        mask = rope = None
+
+        mask = None
         if self.left_padding:
-            if self.config.block_type != 'attention' or self.config.wrapper:
-                raise UserError('rows with hidden padding (control = samecontext) need a plain model with attention')
-            seen = torch.ones(stop, stop, dtype=torch.bool, device=x.device).tril() & (x >= 0)[:, None]     # (B, T, T)
-            mask = (seen | torch.eye(stop, dtype=torch.bool, device=x.device))[:, None]
+            mask = self._mask_of_padding(x, stop)                       # (B, 1, T, T)
             x = x.clamp(min=0)
-        h = x if x.is_floating_point() else self.embed(x)
-        if self.config.positions == 'sinusoidal':
-            h = h + self.sinusoid[start:stop]
-        elif self.config.positions == 'learned':
-            h = h + self.position.weight[start:stop]
-        elif self.config.positions == 'rotary':
-            rope = self.cos[start:stop], self.sin[start:stop]
+        h = x if x.is_floating_point() else self.embed(x)               # (B, T, C)
+        h, rope = self._with_positions(h, start, stop)
         h = self.drop(h)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
@@ -419,6 +543,26 @@ class Stack(nn.Module):
             else:
                 h = block(h, rope, cache[i] if cache else None, mask)
         return self.norm(h)
+
+    def _mask_of_padding(self, x, stop):
+        """Return who sees whom, (B, 1, T, T): itself, and earlier positions that are no padding (-1)."""
+        if self.config.block_type != 'attention' or self.config.wrapper:
+            raise UserError('rows with hidden padding (control = samecontext) need a plain model with attention')
+        earlier = torch.ones(stop, stop, dtype=torch.bool, device=x.device).tril()
+        itself = torch.eye(stop, dtype=torch.bool, device=x.device)
+        seen = earlier & (x >= 0)[:, None]                              # (B, T, T)
+        return (seen | itself)[:, None]
+
+    def _with_positions(self, h, start, stop):
+        """Return (states with positions added, what rotates keys and queries or None)."""
+        positions = self.config.positions
+        if positions == 'sinusoidal':
+            return h + self.sinusoid[start:stop], None
+        if positions == 'learned':
+            return h + self.position.weight[start:stop], None
+        if positions == 'rotary':
+            return h, (self.cos[start:stop], self.sin[start:stop])
+        return h, None
 
 
 class GPT(Stack):
@@ -455,24 +599,31 @@ class GPT(Stack):
 # the ones before them: corpus/objectives.py makes such rows, and rows for copying, of any data set.
 
 class WithEncoder(GPT):
-    """A decoder with `encoder`, a stack of its own; encoder_length, decoder_length: positions of each."""
+    """A decoder with `encoder`, a stack of its own; encoder_length, decoder_length: positions of each.
+
+    Called with blind=True the decoder gets zeros in the vector's place.
+    """
 
     def __init__(self, config, encoder_length, decoder_length):
         super().__init__(replace(config, block_size=decoder_length, wrapper=''))
-        self.config, c = config, config.n_embd
-        self.encoder = self.narrow = self.widen = None
-        if config.memory != 'none' or config.wrapper == 'autoencoder':
-            self.encoder = Stack(replace(config, block_size=encoder_length, wrapper='',
-                                         n_layer=config.n_layer_encoder or config.n_layer))
-            if config.bottleneck:
-                self.narrow = Linear(c, config.bottleneck, bias=config.bias)
-                self.widen = Linear(config.bottleneck, c, bias=config.bias)
+        self.config = config
+        self.encoder = None
+        self.narrow = None                      # C -> bottleneck
+        self.widen = None                       # bottleneck -> C
+        if config.memory == 'none' and config.wrapper != 'autoencoder':
+            return
+        n_layer = config.n_layer_encoder or config.n_layer
+        self.encoder = Stack(replace(config, block_size=encoder_length, wrapper='', n_layer=n_layer))
+        if config.bottleneck:
+            self.narrow = Linear(config.n_embd, config.bottleneck, bias=config.bias)
+            self.widen = Linear(config.bottleneck, config.n_embd, bias=config.bias)
 
     def check(self, x):
         """Refuse rows of another length than the model is built for."""
         n = self.config.block_size
-        require((x.size(1) == n, f'rows of {x.size(1)} tokens, this model takes {n}: its encoder reads whole rows; use'
-                 f' --block_size={n}, or another checkpoint'))
+        if x.size(1) != n:
+            raise UserError(f'rows of {x.size(1)} tokens, this model takes {n}: its encoder reads whole rows; use'
+                            f' --block_size={n}, or another checkpoint')
         return x
 
     def encode(self, x):
@@ -499,15 +650,22 @@ class Autoencoder(WithEncoder):
     def __init__(self, config):
         super().__init__(config, config.block_size, config.block_size)
         del self.embed                          # the decoder reads no tokens
-        self.unroll = Linear(config.n_embd // 2, config.n_embd, bias=config.bias) if config.spread == 'unroll' else None
+        self.unroll = None
+        if config.spread == 'unroll':
+            self.unroll = Linear(config.n_embd // 2, config.n_embd, bias=config.bias)
         self.init_weights()
 
     def decode(self, vector, y=None, blind=False):
-        vector, T, C = self.given(vector, blind), self.config.block_size, self.config.n_embd
-        h = vector[:, None].expand(-1, T, -1)
+        vector = self.given(vector, blind)                              # (B, C)
+        T = self.config.block_size
+        C = self.config.n_embd
         if self.unroll:
-            places = torch.arange(T, device=h.device)[:, None] + torch.arange(C // 2, device=h.device)
-            h = self.unroll(vector[:, places % C])
+            first = torch.arange(T, device=vector.device)
+            offset = torch.arange(C // 2, device=vector.device)
+            places = (first[:, None] + offset) % C                      # (T, C/2)
+            h = self.unroll(vector[:, places])                          # (B, T, C)
+        else:
+            h = vector[:, None].expand(-1, T, -1)
         return self.scored(self.head(self.hidden(h)), y)
 
     def forward(self, x, y=None, blind=False):
@@ -523,24 +681,28 @@ class Oracle(WithEncoder):
 
     def __init__(self, config):
         super().__init__(config, config.block_size, config.block_size)
-        self.join = Linear(2 * config.n_embd, config.n_embd, bias=config.bias) if config.memory == 'concat' else None
+        self.join = None
+        if config.memory == 'concat':
+            self.join = Linear(2 * config.n_embd, config.n_embd, bias=config.bias)
         self.init_weights()
 
     def forward(self, x, y=None, blind=False, whole_rows=True):
         """blind: the memory is empty, what is it worth? whole_rows False: rows may be shorter than the model's."""
         if whole_rows:
             self.check(x)
-        h = self.embed(x[:, :-1])
-        first = h.new_zeros(len(h), 1, h.size(-1))
-        if self.encoder:
-            vector = self.given(self.encode(x), blind)[:, None]
-            if self.config.memory == 'token':
-                first = vector.type_as(h)
-            else:
-                h = torch.cat((first, h), 1)
-                h = h + vector if self.config.memory == 'add' else self.join(torch.cat((h, vector.expand_as(h)), -1))
-                return self.scored(self.head(self.hidden(h)), y)
-        return self.scored(self.head(self.hidden(torch.cat((first, h), 1))), y)
+        memory = self.config.memory
+        h = self.embed(x[:, :-1])                                       # (B, T - 1, C)
+        first = h.new_zeros(len(h), 1, h.size(-1))                      # (B, 1, C)
+        if memory != 'none':
+            vector = self.given(self.encode(x), blind)[:, None]         # (B, 1, C)
+        if memory == 'token':
+            first = vector.type_as(h)
+        h = torch.cat((first, h), 1)                                    # (B, T, C)
+        if memory == 'add':
+            h = h + vector
+        if memory == 'concat':
+            h = self.join(torch.cat((h, vector.expand_as(h)), -1))
+        return self.scored(self.head(self.hidden(h)), y)
 
 
 class Memory(WithEncoder):
@@ -556,28 +718,37 @@ class Memory(WithEncoder):
         self.init_weights()
 
     def forward(self, x, y=None, blind=False):
-        (B, _), n, L = self.check(x).shape, self.n_chunks, self.config.chunk_size
+        B = len(self.check(x))
+        n = self.n_chunks
+        L = self.config.chunk_size
         chunks = x.reshape(B * n, L)
-        h = self.embed(chunks[:, :-1])                                          # (B·n, L - 1, C)
+        h = self.embed(chunks[:, :-1])                                  # (B·n, L - 1, C)
         slots = h.new_zeros(B * n, n - 1, h.size(-1))
         if self.encoder:
-            vectors = self.given(self.encode(x[:, :-L].reshape(B * (n - 1), L)), blind).view(B, 1, n - 1, -1)
-            past = torch.ones(n, n - 1, dtype=torch.bool, device=x.device).tril(-1)
-            slots = (vectors * past[None, :, :, None]).flatten(0, 1).type_as(h)
-        logits = self.head(self.hidden(torch.cat((slots, h), 1))[:, n - 2:])    # from the last slot on
+            slots = self._slots(x, blind).type_as(h)
+        h = self.hidden(torch.cat((slots, h), 1))                       # (B·n, n - 1 + L - 1, C)
+        logits = self.head(h[:, n - 2:])                                # (B·n, L, V): from the last slot on
         return self.scored(logits.reshape(B, n * L, -1), y)
 
-
-WRAPPERS = {'autoencoder': Autoencoder, 'oracle': Oracle, 'memory': Memory}
+    def _slots(self, x, blind):
+        """Return each chunk's slots (B·n, n - 1, C): the vectors of the chunks that are past, 0 for the others."""
+        B = len(x)
+        n = self.n_chunks
+        L = self.config.chunk_size
+        chunks = x[:, :-L].reshape(B * (n - 1), L)                      # the last one is remembered by none
+        vectors = self.given(self.encode(chunks), blind).view(B, 1, n - 1, -1)
+        past = torch.ones(n, n - 1, dtype=torch.bool, device=x.device).tril(-1)
+        return (vectors * past[None, :, :, None]).flatten(0, 1)
 
 
 # --- building and counting ---
 
+KINDS = {'': GPT, 'autoencoder': Autoencoder, 'oracle': Oracle, 'memory': Memory}       # by ModelConfig.wrapper
+
+
 def make(config):
     """Build the model that a ModelConfig describes, with fresh weights."""
-    if config.wrapper:
-        return WRAPPERS[config.wrapper](config)
-    return GPT(config)
+    return KINDS[config.wrapper](config)
 
 
 def build(model_args):
@@ -587,8 +758,11 @@ def build(model_args):
 
 def args_of(config):
     """A ModelConfig as a dict for build; what is of mixers and wrappers only where it is not the default."""
-    return {k: v for i, (k, v) in enumerate(asdict(config).items())
-            if i < N_PLAIN or v != ModelConfig.__dataclass_fields__[k].default}
+    args = {}
+    for name, value in asdict(config).items():
+        if name in ALWAYS_SAVED or value != FIELDS[name].default:
+            args[name] = value
+    return args
 
 
 def model_args(model):
@@ -598,7 +772,8 @@ def model_args(model):
 def n_parameters(config):
     """Count trainable parameters of a config without allocating them."""
     with torch.device('meta'):
-        return sum(p.numel() for p in make(config).parameters())
+        model = make(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(config):
@@ -607,18 +782,26 @@ def flops_per_token(config):
     6 per matrix weight used plus 12·L·C·T for attention scores and values, or 6·L·C·T for each matrix of a mixer, the
     causal half not deducted. An encoder's blocks count like the others; a memory model's see a chunk and its slots.
     """
-    c, t, ratio = config.n_embd, config.block_size, 1.0
+    T = config.block_size
+    positions_per_token = 1.0
     if config.wrapper == 'memory':
-        t, ratio = config.chunk_size, 1 + (config.block_size // config.chunk_size - 2) / config.chunk_size
+        T = config.chunk_size
+        n_chunks = config.block_size // config.chunk_size
+        positions_per_token = 1 + (n_chunks - 2) / config.chunk_size
+    n_layer_encoder = 0
+    if config.wrapper and config.memory != 'none':
+        n_layer_encoder = config.n_layer_encoder or config.n_layer
+    n_layers = config.n_layer * positions_per_token + n_layer_encoder
+    head = 6 * config.vocab_size * config.n_embd
+    return round(n_layers * flops_per_block(config, T) + head)
+
+
+def flops_per_block(config, T):
+    """Floating-point operations of one block for one of T positions, forward and backward."""
+    C = config.n_embd
+    if config.block_type == 'attention':
+        return 72 * C * C + 12 * C * T
+    feed_forward = 8 * C * C
+    projections = 2 * C * C if config.block_type == 'multihead_mixer' else 0
     n_matrices = config.kernel * (2 * config.expansion or 1)
-    heads = 2 * c * c if config.block_type == 'multihead_mixer' else 0
-    mixer = 6 * (8 * c * c + heads + n_matrices * c * t)
-    layer = 72 * c * c + 12 * c * t if config.block_type == 'attention' else mixer
-    n_layer_encoder = (config.n_layer_encoder or config.n_layer) * bool(config.wrapper and config.memory != 'none')
-    return round((config.n_layer * ratio + n_layer_encoder) * layer + 6 * config.vocab_size * c)
-
-
-def optimizer_groups(params, weight_decay):
-    """Split a list of parameters in two AdamW groups: matrices and embeddings decay, biases and norm gains do not."""
-    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    return 6 * (feed_forward + projections + n_matrices * C * T)

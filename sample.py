@@ -33,7 +33,7 @@ config = configure(globals())
 
 import torch
 
-from codec.container import byte_strings
+from codec.text import byte_strings
 from corpus.tokens import bytes_encoder, tokenizer_folder
 from training.checkpoint import load_model
 from training.process import Env

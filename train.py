@@ -137,9 +137,10 @@ from training.step import accumulate, clip, forget_gradients, unscale, update
 # seconds: of steps alone, over all resumptions
 CSV_COLUMNS = 'phase epoch step tokens loss_nats lr grad_norm grad_norm_penalised nonzeros seconds'.split()
 PAIRED = ('with_nats', 'without_nats', 'difference_nats', 'true_wins')      # of rows with and without metadata
+# What a resumed run may not change.
 FIXED = ('procedure', 'batch_size', 'seed', 'order', 'steps_per_chunk', 'regularise', 'train_only_on_leading_tokens',
-         'online', 'loss_on', 'objective', 'freeze_encoder', 'matrix_optimizer', 'muon_rate_ratio',
-         'pmmp_state', 'qat_bits', 'weight_decay', 'beta1', 'beta2')      # what a resumed run may not change
+         'online', 'loss_on', 'objective', 'freeze_encoder', 'matrix_optimizer', 'muon_rate_ratio', 'pmmp_state',
+         'qat_bits', 'weight_decay', 'beta1', 'beta2', 'decoupled')
 
 
 # --- the procedures ---

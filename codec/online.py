@@ -1,14 +1,12 @@
 """Online archives: a small transformer learns the file while it codes it, so that no weights are stored (prequential).
 
-In: a file, or an online archive. Out: the other. Imported by compress.py, whose knobs (online_*) it takes.
+In: a file, or an online archive. Out: the other. head: bytes, sha256, settings (learner.Settings), fingerprint.
 
 Both sides start from one seed and repeat: code a block of every stream with the current weights, rounded to integers
 and run by exact.py (so parallel coding and stepwise decoding agree); then take the same float training steps on it and
-on a replay of what came before. Those steps must be bitwise repeatable: each half of a batch is computed on one thread,
-the halves are added in one order, and a fingerprint (torch build, processor, and the SHA-256 of the weights after three
-fixed steps at the archive's shapes) refuses any machine that trains differently before a byte is written.
+on a replay of what came before (learner.py).
 
-Shapes: S streams, n symbols per stream, W window, R rows of an update.
+Shapes: S streams, n symbols of a block, W window, V vocabulary.
 """
 import hashlib
 import io
@@ -16,200 +14,102 @@ import json
 import os
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 
-import constriction
 import numpy as np
 import torch
 
-from codec import exact, weights
-from codec.container import CODED, DAMAGED, ONLINE, STORED, Bar, Output, arithmetic_hash, read_input, write_archive
+from codec import weights
+from codec.container import CODED, DAMAGED, ONLINE, STORED, Block, read_input, smaller_block, write_archive
+from codec.learner import PARTS, Learner, Settings, fingerprint
+from codec.output import Output
+from codec.progress import Bar
+from codec.streams import FAMILY, Layout, as_weights, code_length, coded_bytes, decoder_of, new_encoder
 from configurator import UserError, at_least, require
-from corpus.bins import NEWLINE, key_of, mix64
-from model import ModelConfig, build
-from training.optim import is_muons
-from training.process import PAUSED, HeldInterrupt, cpu_name
+from corpus.bins import NEWLINE
+from model import ModelConfig
+from training.process import PAUSED, HeldInterrupt
 
-PARTS = 2                                       # of a batch: part of the format, since float sums depend on it
-LEVELS = 255                                    # of a weight's magnitude in its row while coding
 FIRST_BLOCK = 4                                 # steps; blocks then hold an eighth of what was seen, up to `block`
 SEGMENT_SYMBOLS = 65536                         # coded by one range coder, under one CRC; a state is saved after each
 REFIT_BLOCKS = 8                                # blocks between two looks at the ranges of activations
-MOMENTUM, WARM_UP = 0.95, 30                    # of Muon; updates over which the rate rises
+REFIT_STREAMS = 4                               # whose newest symbols are looked at
 LIMITS = dict(streams=4096, block=1 << 16, updates=4096, rows=4096)
+MAX_WEIGHTS = 1 << 28                           # of a model that an archive may ask for
+MAX_INPUTS = 1 << 24                            # in the windows of all its streams
 
 
-def settings_of(knobs, n_bytes):
-    """The part of the knobs that an archive's content depends on."""
-    k = {n[7:]: v for n, v in knobs.items() if n.startswith('online_')}
-    size = dict(block_size=k.pop('window'), n_layer=k.pop('n_layer'), n_head=k.pop('n_head'), n_embd=k.pop('n_embd'))
-    kind = k.pop('block_type')
-    config = ModelConfig(**size, positions='rotary' if kind == 'attention' else 'none', norm='rmsnorm',
-                         activation='relu2', bias=False, qk_norm=kind == 'attention', block_type=kind)
-    k['streams'] = min(k['streams'], 1 + n_bytes // 1024)
-    return dict(k, args=vars(config), bytes=n_bytes)
+@dataclass
+class Knobs:
+    """What a user chooses: the knobs online_* of compress.py. An archive depends on every one of these."""
+    n_layer: int
+    n_embd: int
+    n_head: int
+    window: int
+    block_type: str
+    streams: int
+    block: int
+    updates: int
+    rows: int
+    newest: float
+    learning_rate: float
+    muon_rate: float
+    dropout: float
+    seed: int
+
+    def check(self, device):
+        """Raise a UserError that lists every knob that cannot be meant."""
+        require(*(at_least(f'online_{name}', getattr(self, name), 1) for name in LIMITS),
+                (0 <= self.dropout < 1, f'online_dropout = {self.dropout}, expected 0 to below 1'),
+                (device == 'cpu', f'device = {device!r}: online archives are made on the cpu'))
+
+    def settings(self, n_bytes):
+        """Return what an archive of a file of n_bytes rests on."""
+        attention = self.block_type == 'attention'
+        config = ModelConfig(block_size=self.window, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd,
+                             positions='rotary' if attention else 'none', norm='rmsnorm', activation='relu2',
+                             bias=False, qk_norm=attention, block_type=self.block_type)
+        return Settings(streams=min(self.streams, 1 + n_bytes // 1024), block=self.block, updates=self.updates,
+                        rows=self.rows, newest=self.newest, learning_rate=self.learning_rate,
+                        muon_rate=self.muon_rate, dropout=self.dropout, seed=self.seed, args=vars(config),
+                        bytes=n_bytes)
 
 
-def orthogonalise(g):
-    """Newton-Schulz iteration towards the nearest orthogonal matrix (Jordan et al. 2024, Muon), coefficients theirs."""
-    x = g / (g.norm() + 1e-7)
-    x = x.T if g.size(0) > g.size(1) else x
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if g.size(0) > g.size(1) else x
-
-
-class SeededDropout(torch.nn.Module):
-    """Dropout with a generator of its own, so that the parts of a batch can run side by side and still repeat."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p, self.generator = p, torch.Generator()
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        return x * (torch.rand(x.shape, generator=self.generator) >= self.p) * (1 / (1 - self.p))
-
-
-class Learner:
-    """The float model and its optimisers; whatever it does is bitwise repeatable on one machine type."""
-
-    def __init__(self, settings):
-        torch.set_num_threads(1)
-        self.s, self.n_updates, self.sites = settings, 0, None
-        torch.manual_seed(settings['seed'])
-        self.models = [build(settings['args']) for _ in range(PARTS)]
-        self.drops = [[SeededDropout(settings['dropout']) for _ in range(1 + len(m.blocks))] for m in self.models]
-        for m, drops in zip(self.models, self.drops):           # on the residual branches, not inside attention
-            for module, drop in zip((m, *m.blocks), drops):
-                module.drop = drop
-        self.params = [list(m.parameters()) for m in self.models]
-        self.spread()
-        main = self.models[0]
-        muon = {n: is_muons(n, p) and '.mix.' not in n for n, p in main.named_parameters()}
-        self.matrices, rest = ([p for n, p in main.named_parameters() if muon[n] == k] for k in (True, False))
-        self.momentum = [torch.zeros_like(p) for p in self.matrices]
-        self.adam = torch.optim.Adam(rest, lr=settings['learning_rate'], betas=(0.9, 0.99), foreach=True)
-        self.pool = ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,))
-
-    def spread(self):
-        """Copy the first model's weights to its replicas."""
-        with torch.no_grad():
-            for other in self.params[1:]:
-                torch._foreach_copy_(other, self.params[0])
-
-    def gradient(self, part, x, y, n_symbols):
-        model = self.models[part].train(self.s['dropout'] > 0)
-        for i, drop in enumerate(self.drops[part]):
-            drop.generator.manual_seed(key_of(self.s['seed'], self.n_updates, part, i) >> 1)
-        for p in self.params[part]:
-            p.grad = None
-        (model(x, y) / n_symbols).backward()
-
-    def update(self, x, y, share_done):
-        """One training step on rows x, y (R, T) int64."""
-        jobs = list(zip(range(PARTS), torch.from_numpy(x).tensor_split(PARTS), torch.from_numpy(y).tensor_split(PARTS)))
-        jobs = [(part, a, b, y.size) for part, a, b in jobs if len(a)]
-        list(self.pool.map(lambda job: self.gradient(*job), jobs))
-        with torch.no_grad():
-            grads = [p.grad for p in self.params[0]]
-            for part, *_ in jobs[1:]:
-                torch._foreach_add_(grads, [p.grad for p in self.params[part]])
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-            torch._foreach_mul_(grads, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
-            self.n_updates += 1
-            rate = min(1.0, self.n_updates / WARM_UP) * (1 - 0.9 * share_done)
-            for group in self.adam.param_groups:
-                group['lr'] = self.s['learning_rate'] * rate
-            self.adam.step()
-            steps = list(self.pool.map(self.muon_step, self.matrices, self.momentum))
-            for p, step in zip(self.matrices, steps):
-                p.sub_(step * (self.s['muon_rate'] * rate * max(1.0, p.size(0) / p.size(1)) ** 0.5))
-        self.spread()
-
-    @staticmethod
-    @torch.no_grad()
-    def muon_step(p, momentum):
-        momentum.mul_(MOMENTUM).add_(p.grad)
-        return orthogonalise(p.grad + MOMENTUM * momentum)
-
-    def learn(self, history, done, n, n_steps):
-        """Take the updates that follow a block of n steps; history (S, 1 + n_steps) has its first 1 + done symbols.
-
-        A short block gets its share of them: many steps on little text fix what is hard to unlearn.
-        """
-        S, R, width = len(history), self.s['rows'], min(self.s['args']['block_size'], done)
-        for _ in range(max(1, round(self.s['updates'] * n / self.s['block']))):
-            key = np.uint64(key_of(self.s['seed'], self.n_updates, 'rows') >> 1)
-            draw = mix64(np.arange(3 * R, dtype=np.uint64) + key).reshape(3, R)
-            rows = (draw[0] % np.uint64(S)).astype(np.int64)
-            ends = width + (draw[1] % np.uint64(done - width + 1)).astype(np.int64)
-            newest = (draw[2] % np.uint64(1000)).astype(np.int64) < 1000 * self.s['newest']
-            at = np.where(newest, done, ends)[:, None] - width + np.arange(width + 1)
-            both = history[rows[:, None], at].astype(np.int64)
-            self.update(np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, 1:]), done / n_steps)
-
-    def integers(self, sample=None):
-        """The current weights as an integer model; sample rows (N, T) int64 renew the ranges of activations."""
-        args, tensors = self.s['args'], {}
-        for name, w in weights.fold(self.models[0].state_dict(), args).items():
-            scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-9) / LEVELS
-            tensors[name] = np.rint(w / scale).astype(np.int32), scale
-        if sample is not None:
-            self.sites = exact.fit_sites(args, tensors, sample)
-        return exact.Exact(args, tensors, *self.sites)
-
-    def digest(self):
-        h = hashlib.sha256()
-        for p in self.params[0]:
-            h.update(p.detach().numpy().tobytes())
-        return h.hexdigest()
-
-    def state(self):
-        return dict(model=self.models[0].state_dict(), adam=self.adam.state_dict(), momentum=self.momentum,
-                    n_updates=self.n_updates, sites=self.sites)
-
-    def restore(self, state):
-        self.models[0].load_state_dict(state['model'])
-        self.adam.load_state_dict(state['adam'])
-        for mine, saved in zip(self.momentum, state['momentum']):
-            mine.copy_(saved)
-        self.n_updates, self.sites = state['n_updates'], state['sites']
-        self.spread()
-
-
-def fingerprint(settings):
-    """What must agree between packing and unpacking machine; takes three training steps at the archive's shapes."""
-    learner = Learner(settings)
-    size, R = settings['args']['block_size'], settings['rows']
-    for i in range(3):
-        x = (mix64(np.arange(R * size + 1, dtype=np.uint64) + np.uint64(i << 32)) % np.uint64(64)).astype(np.int64) + 32
-        learner.update(x[:-1].reshape(R, size), x[1:].reshape(R, size), 0.0)
-    return dict(torch=torch.__version__, device='cpu', processor=cpu_name(), parts=PARTS, weights=learner.digest(),
-                capability=torch.backends.cpu.get_cpu_capability(), arithmetic=arithmetic_hash(settings['args']))
+def streams_of(data, lengths):
+    """Return bytes, which are the streams' symbols in turn, as rows (S, longest); what is missing is 0."""
+    rows = np.split(np.frombuffer(data, np.uint8), np.cumsum(lengths)[:-1])
+    return np.stack([np.pad(row, (0, max(lengths) - len(row))) for row in rows])
 
 
 class Session:
     """One pass over a file: streams, blocks, segments, and a state that can be saved between segments.
 
     Encoder and Decoder differ in what they do with a segment's coder: begin(), code(first, stop), finish(text).
+    key: what a saved state must belong to. show(bytes done, bits): called after every block.
     """
 
     def __init__(self, settings, key, state_path, show):
-        self.s, self.key, self.state_path, self.show = settings, key, state_path, show
+        self.settings = settings
+        self.key = key
+        self.state_path = state_path
+        self.show = show
         self.interrupt = None                               # a Ctrl-C that waits for the segment to end
-        n, self.S = settings['bytes'], settings['streams']
-        whole, more = divmod(n, self.S)
-        self.steps, self.active = whole + (more > 0), more or self.S            # active: streams in the last step
-        self.history = np.full((self.S, self.steps + 1), NEWLINE, np.uint8)
-        self.family = constriction.stream.model.Categorical(perfect=False)
-        self.learner, self.done, self.blocks, self.bits, self.n_models = Learner(settings), 0, [], 0.0, 0
+        self.window = settings.args['block_size']
+        self.layout = Layout(settings.bytes, settings.streams)
+        # The inputs of every stream (S, 1 + steps); the first is known to both sides.
+        self.history = np.full((settings.streams, self.layout.n_steps + 1), NEWLINE, np.uint8)
+        self.learner = Learner(settings)
+        self.done = 0                                       # steps
+        self.blocks = []                                    # [Block], one per segment
+        self.bits = 0.0                                     # their code length
+        self.n_models = 0                                   # integer models so far
         if state_path and os.path.exists(state_path):
             self.resume()
 
+    # --- the saved state ---
+
     def resume(self):
+        """Go on from the state file; UserError where it is none, or another file's."""
         try:
             saved = torch.load(self.state_path, weights_only=True)
             fits = saved['key'] == self.key
@@ -219,13 +119,19 @@ class Session:
             raise UserError(f'{self.state_path} belongs to another file or other settings; delete it or name another')
         self.learner.restore(saved['learner'])
         self.history[:] = saved['history'].numpy()
-        self.blocks = [(form, n, *(b.numpy().tobytes() for b in both)) for form, n, *both in saved['blocks']]
-        self.done, self.bits, self.n_models = saved['done'], saved['bits'], saved['n_models']
+        for form, n, data, text in saved['blocks']:
+            self.blocks.append(Block(form, n, data.numpy().tobytes(), text.numpy().tobytes()))
+        self.done = saved['done']
+        self.bits = saved['bits']
+        self.n_models = saved['n_models']
 
     def save(self):
+        """Write the state file, if there is to be one."""
         if not self.state_path:
             return
-        blocks = [(form, n, *(torch.tensor([*b], dtype=torch.uint8) for b in both)) for form, n, *both in self.blocks]
+        blocks = []
+        for form, n, data, text in self.blocks:
+            blocks.append((form, n, as_tensor(data), as_tensor(text)))
         state = dict(key=self.key, learner=self.learner.state(), history=torch.from_numpy(self.history), blocks=blocks,
                      done=self.done, bits=self.bits, n_models=self.n_models)
 
@@ -235,6 +141,8 @@ class Session:
         with Output(self.state_path, overwrite=True) as out:
             out.write(data.getbuffer())
             out.commit()
+
+    # --- the pass ---
 
     def run(self):
         """Code and learn to the end; with a state file Ctrl-C saves it after the segment and leaves with status 85.
@@ -249,151 +157,198 @@ class Session:
 
     def leave(self):
         """End the process, its state being saved, with a line that says how to go on."""
-        done = min(self.done * self.S, self.s['bytes'])
-        print(f'\npaused after {done:,} of {self.s["bytes"]:,} bytes; the same command goes on from {self.state_path}',
-              file=sys.stderr)
+        print(f'\npaused after {self.bytes_done():,} of {self.settings.bytes:,} bytes; the same command goes on from '
+              f'{self.state_path}', file=sys.stderr)
         raise SystemExit(PAUSED)
+
+    def bytes_done(self):
+        return min(self.done * self.settings.streams, self.settings.bytes)
 
     def segments(self):
         """Code and learn segment by segment, saving the state after each."""
-        while self.done < self.steps:
-            self.first, self.stop = self.done, min(self.steps, self.done + max(1, SEGMENT_SYMBOLS // self.S))
+        while self.done < self.layout.n_steps:
+            self.first = self.done                          # step that the segment begins with
+            self.stop = min(self.layout.n_steps, self.done + max(1, SEGMENT_SYMBOLS // self.settings.streams))
             self.begin()
             while self.done < self.stop:
-                n = min(self.stop - self.done, self.s['block'], max(FIRST_BLOCK, self.done // 8))
-                self.code(self.done, self.done + n)
-                self.done += n
-                if self.done < self.steps:
-                    self.learner.learn(self.history, self.done, n, self.steps)
-                self.show(min(self.done * self.S, self.s['bytes']), self.bits)
-            inside = self.history[:, self.first + 1:self.stop + 1]              # of the segment, stream after stream
-            cut = self.active if self.stop == self.steps else self.S
-            self.finish(inside[:cut].tobytes() + inside[cut:, :-1].tobytes())
+                self.block()
+            self.finish(self.segment_text())
             self.save()
-            if self.interrupt and self.interrupt.received and self.done < self.steps:
+            if self.interrupt and self.interrupt.received and self.done < self.layout.n_steps:
                 self.leave()
+
+    def block(self):
+        """Code the next block, whose length grows with what was seen, and learn from it."""
+        n = min(self.stop - self.done, self.settings.block, max(FIRST_BLOCK, self.done // 8))
+        self.code(self.done, self.done + n)
+        self.done += n
+        if self.done < self.layout.n_steps:
+            self.learner.learn(self.history, self.done, n, self.layout.n_steps)
+        self.show(self.bytes_done(), self.bits)
+
+    def segment_lengths(self):
+        """Return how many symbols of each stream (S,) are in the segment."""
+        return np.minimum(self.layout.lengths, self.stop) - self.first
+
+    def segment_text(self):
+        """Return the segment's symbols, stream after stream."""
+        inside = self.history[:, self.first + 1:self.stop + 1]
+        return b''.join(row[:length].tobytes() for row, length in zip(inside, self.segment_lengths()))
+
+    def whole(self):
+        """Return the file: each stream's symbols in turn."""
+        return b''.join(row[1:1 + length].tobytes() for row, length in zip(self.history, self.layout.lengths))
+
+    # --- for Encoder and Decoder ---
 
     def model(self, stop):
         """Return the integer model that codes a block up to step `stop`, and the first input of its window."""
-        sample = None
+        newest = None
         if self.n_models % REFIT_BLOCKS == 0:
-            width = min(self.s['args']['block_size'], self.done + 1)
-            sample = self.history[:4, self.done + 1 - width:self.done + 1].astype(np.int64)
+            width = min(self.window, self.done + 1)
+            newest = self.history[:REFIT_STREAMS, self.done + 1 - width:self.done + 1].astype(np.int64)
         self.n_models += 1
-        return self.learner.integers(sample), max(0, stop - self.s['args']['block_size'])
+        return self.learner.integers(newest), max(0, stop - self.window)
 
     def inputs(self, first, stop):
+        """Return inputs (S, stop - first) as a model takes them."""
         return torch.from_numpy(self.history[:, first:stop].astype(np.int64))
 
-    def in_order(self, frequencies, stop):
-        """Frequencies in coding order, up to step `stop`, without the streams that have ended."""
-        f = frequencies.double().numpy()
-        return f[:len(f) - self.S + self.active] if stop == self.steps else f
+    def weights_of(self, frequencies, stop):
+        """Return frequencies up to step `stop` as the range coder takes them, without the streams that have ended."""
+        return self.layout.in_order(as_weights(frequencies), stop)
 
-    def whole(self):
-        """The file: each stream's symbols in turn."""
-        return b''.join(row[1:self.steps + (s < self.active)].tobytes() for s, row in enumerate(self.history))
+
+def as_tensor(data):
+    return torch.tensor([*data], dtype=torch.uint8)
 
 
 class Encoder(Session):
+    """A pass that codes a file: `blocks` is what comes out."""
+
     def set_text(self, raw):
-        lengths = [self.steps - (s >= self.active) for s in range(self.S)]
-        rows = np.split(np.frombuffer(raw, np.uint8), np.cumsum(lengths)[:-1])
-        self.truth = np.stack([np.pad(row, (0, self.steps - len(row))) for row in rows])
+        """Say what is coded: the bytes of the file."""
+        self.truth = streams_of(raw, self.layout.lengths)                       # (S, steps)
 
     def begin(self):
-        self.coder, self.bits_before = constriction.stream.queue.RangeEncoder(), self.bits
+        self.coder = new_encoder()
+        self.bits_before = self.bits
 
     def code(self, first, stop):
+        """Code steps first to stop, whose symbols are known, in one call of the model."""
         model, start = self.model(stop)
         self.history[:, first + 1:stop + 1] = self.truth[:, first:stop]
         parts = [x for x in self.inputs(start, stop).tensor_split(PARTS) if len(x)]
-        hidden = torch.cat(list(self.learner.pool.map(lambda x: model.forward(x, last=stop - first), parts)))
-        f = self.in_order(model.frequencies(hidden.transpose(0, 1).flatten(0, 1)), stop)
-        symbols = self.truth[:, first:stop].T.reshape(-1)[:len(f)].astype(np.int32)
-        self.coder.encode(symbols, self.family, f)
-        self.bits += float((np.log2(f.sum(1)) - np.log2(f[np.arange(len(f)), symbols])).sum())
+        jobs = [self.learner.pool.submit(model.forward, x, last=stop - first) for x in parts]
+        hidden = torch.cat([job.result() for job in jobs])                      # (S, steps, C)
+        frequencies = self.weights_of(model.frequencies(hidden.transpose(0, 1).flatten(0, 1)), stop)
+        symbols = self.truth[:, first:stop].T.reshape(-1)
+        symbols = self.layout.in_order(symbols, stop).astype(np.int32)
+        self.coder.encode(symbols, FAMILY, frequencies)
+        self.bits += code_length(frequencies, symbols)
 
     def finish(self, text):
-        data = self.coder.get_compressed().astype('<u4').tobytes()
-        if len(data) >= len(text):
+        """Keep the segment's block, coded or as it is."""
+        block = smaller_block(len(text), coded_bytes(self.coder), text)
+        if block.form == STORED:
             self.bits = self.bits_before + 8 * len(text)
-        self.blocks.append((CODED, len(text), data, text) if len(data) < len(text) else (STORED, len(text), text, text))
+        self.blocks.append(block)
 
 
 class Decoder(Session):
-    def set_data(self, table, data):
-        self.table, ends = table, np.cumsum([0] + [b[2] for b in table])
-        self.data = [data[a:b] for a, b in zip(ends, ends[1:])]
+    """A pass that decodes an archive: whole() is what comes out."""
+
+    def set_archive(self, archive):
+        """Say what is decoded."""
+        self.coded = list(archive.blocks())                                     # [(entry, data)], one per segment
 
     def begin(self):
-        form, _, _, self.crc = self.table[len(self.blocks)]
-        data = self.data[len(self.blocks)]
-        self.coder = self.stored = None
-        if form == CODED:
-            self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, '<u4').astype(np.uint32))
+        self.entry, self.data = self.coded[len(self.blocks)]
+        if self.entry.form == CODED:
+            self.coder = decoder_of(self.data)
         else:
-            width = self.stop - self.first
-            lengths = [width - (self.stop == self.steps and s >= self.active) for s in range(self.S)]
-            rows = np.split(np.frombuffer(data, np.uint8), np.cumsum(lengths)[:-1])
-            self.stored = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+            self.stored = streams_of(self.data, self.segment_lengths())         # (S, steps of the segment)
 
     def code(self, first, stop):
+        """Decode steps first to stop, one after the other, into the history."""
         model, start = self.model(stop)
-        if self.stored is not None:
+        if self.entry.form != CODED:
             self.history[:, first + 1:stop + 1] = self.stored[:, first - self.first:stop - self.first]
             return
         cache = model.cache()
         for i in range(first, stop):
-            hidden = model.forward(self.inputs(start if i == first else i, i + 1), cache, last=1)
-            f = self.in_order(model.frequencies(hidden[:, 0]), i + 1)
-            self.history[:len(f), i + 1] = self.coder.decode(self.family, f)
+            hidden = model.forward(self.inputs(start, i + 1), cache, last=1)
+            start = i + 1
+            frequencies = self.weights_of(model.frequencies(hidden[:, 0]), i + 1)
+            self.history[:len(frequencies), i + 1] = self.coder.decode(FAMILY, frequencies)
 
     def finish(self, text):
-        if zlib.crc32(text) != self.crc:
+        """Check the segment."""
+        if zlib.crc32(text) != self.entry.text_crc:
             raise UserError(f'a segment decodes to other bytes than were packed: other arithmetic here, or {DAMAGED}')
-        self.bits += 8 * len(self.data[len(self.blocks)])
-        self.blocks.append((0, 0, b'', b''))
+        self.bits += 8 * len(self.data)
+        self.blocks.append(Block(STORED, 0, b'', b''))                          # counts; its text is in the history
 
 
-def encode(path, out, knobs, state_path):
-    """Write the online archive of a file to out; returns (original, computed bytes)."""
-    require(*(at_least(f'online_{n}', knobs[f'online_{n}'], 1) for n in LIMITS),
-            (0 <= knobs['online_dropout'] < 1, f'online_dropout = {knobs["online_dropout"]}, expected 0 to below 1'),
-            (knobs['device'] == 'cpu', f'device = {knobs["device"]!r}: online archives are made on the cpu'))
+# --- out and in ---
+
+def encode(path, out, knobs, device='cpu', state_path='', progress=False):
+    """Write the online archive of a file to out, an Output.
+
+    Returns (original, length in bytes that the model's probabilities promise).
+    """
+    knobs.check(device)
     raw = read_input(path)
     head = dict(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
     if not raw:
         return raw, write_archive(out, ONLINE, head, {}, [])
-    settings = settings_of(knobs, len(raw))
-    head |= dict(settings=settings, fingerprint=fingerprint(settings))
-    bar = Bar('online', len(raw), knobs['progress'])
+    settings = knobs.settings(len(raw))
+    head.update(settings=asdict(settings), fingerprint=fingerprint(settings))
+    bar = Bar('online', len(raw), progress)
     session = Encoder(settings, json.dumps(head, sort_keys=True), state_path, bar.show)
     session.set_text(raw)
     session.run()
     bar.show(len(raw), session.bits, last=True)
-    return raw, write_archive(out, ONLINE, head, {}, session.blocks) + session.bits / 8
+    n_overhead = write_archive(out, ONLINE, head, {}, session.blocks)
+    return raw, n_overhead + session.bits / 8
 
 
-def decode_blocks(head, table, sections, progress, state_path):
-    """Yield the text of an online archive, whole, when every segment has passed its CRC."""
-    if not table:
-        return
-    settings = head['settings']
-    if any(not 0 < settings[n] <= top for n, top in LIMITS.items()) or settings['bytes'] != sum(b[1] for b in table):
+def check_settings(settings, table):
+    """Refuse settings that no encoder makes, before memory is taken."""
+    in_range = all(0 < getattr(settings, name) <= most for name, most in LIMITS.items())
+    if not in_range or settings.bytes != sum(entry.n_symbols for entry in table):
         raise UserError(f'the settings do not fit the block table; {DAMAGED}')
-    ModelConfig(**settings['args'])
-    if weights.count(settings['args']) > 1 << 28 or settings['streams'] * settings['args']['block_size'] > 1 << 24:
+    ModelConfig(**settings.args)
+    n_inputs = settings.streams * settings.args['block_size']
+    if weights.count(settings.args) > MAX_WEIGHTS or n_inputs > MAX_INPUTS:
         raise UserError('the header asks for a model or a cache larger than any online archive needs')
-    here, there = fingerprint(settings), head['fingerprint']
-    if here['weights'] != there['weights']:
-        differ = [f'{k}: {v} there, {here.get(k)} here' for k, v in there.items() if here.get(k) != v and k[0] != 'w']
-        raise UserError('this machine trains other weights from the same data than the one that packed and cannot '
-                        f'unpack this archive; differences: {"; ".join(differ) or "none that is recorded"}')
-    key = hashlib.sha256(json.dumps(head, sort_keys=True).encode() + sections['data']).hexdigest()
-    bar = Bar('unpack', head['bytes'], progress)
-    session = Decoder(settings, key, state_path, bar.show)
-    session.set_data(table, sections['data'])
+
+
+def check_machine(settings, there):
+    """Refuse an archive whose fingerprint shows that the other machine trained other weights than this one would."""
+    here = fingerprint(settings)
+    if here['weights'] == there['weights']:
+        return
+    differ = []
+    for name, value in there.items():
+        if name != 'weights' and here.get(name) != value:
+            differ.append(f'{name}: {value} there, {here.get(name)} here')
+    raise UserError('this machine trains other weights from the same data than the one that packed and cannot '
+                    f'unpack this archive; differences: {"; ".join(differ) or "none that is recorded"}')
+
+
+def decode_blocks(archive, verb, state_path='', progress=False):
+    """Yield the text of an online archive, whole, when every segment has passed its CRC."""
+    if not archive.table:
+        return
+    head = archive.head
+    settings = Settings(**head['settings'])
+    check_settings(settings, archive.table)
+    check_machine(settings, head['fingerprint'])
+    key = json.dumps(head, sort_keys=True).encode() + archive.sections['data']
+    bar = Bar(verb, head['bytes'], progress)
+    session = Decoder(settings, hashlib.sha256(key).hexdigest(), state_path, bar.show)
+    session.set_archive(archive)
     session.run()
     bar.show(head['bytes'], session.bits, last=True)
     yield session.whole()

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec.container import byte_strings
+from codec.text import byte_strings
 from corpus.tokens import tokenizer_folder
 from training.checkpoint import load_model, parent_of
 from training.folder import RunRecord

@@ -1,40 +1,28 @@
 """Ask what a vector still knows: train a fresh decoder to regenerate the input from a frozen encoder's last state.
 
-    python -m lab.probe config/mixers/probe_sample_16.py --from_ckpt=out/a,out/b    a table, a row for each encoder
-    python -m lab.probe config/mixers/probe_512.py --from_ckpt=out/RUN --untrained    and its shape with fresh weights
-    torchrun --nproc_per_node=8 -m lab.probe config/mixers/probe_512.py --from_ckpt=gpt2    a hub id
-    python -m lab.probe --mode=entropy --from_ckpt=out/RUN --max_rows=8             what each token of some rows costs
+    python -m lab.probe config/probe_sample_16.py --from_ckpt=out/a,out/b           a table with a row for each encoder
+    python -m lab.probe config/probe_512.py --from_ckpt=out/RUN/ckpt.pt --untrained     and its shape with fresh weights
+    torchrun --nproc_per_node=8 -m lab.probe config/probe_512.py --from_ckpt=gpt2 --dataset=wikitext103     a hub id
 
 In: checkpoints, data set. Out: OUT_DIR/{run.json, table.md, table.csv}; OUT_DIR/ENCODER/{ckpt.pt, log.txt,
-train_loss.csv, loss.png, run.json} of each decoder, or OUT_DIR/entropy.csv. Exit 85: saved, --init_from=resume goes on.
+train_loss.csv, loss.png, run.json} of each decoder. Exit 85: saved, --init_from=resume goes on. What each token costs
+is asked by python -m lab.entropy.
 
-Information (Badger, arXiv 2409.01482, 2602.13466): the encoder reads the T tokens of a row; the state it ends in is all
-that a causal decoder of T positions is given; its loss is the unshifted cross-entropy with those tokens. accuracy is
-the share regenerated (the source's Hamming), information 1 - H/ln V at H nats per token. embedding_nats is what the
-vector itself costs, numbers x embedding_bits x ln 2 / T per token: add it where a code length is meant.
-
-Entropy (Badger & Neligeorge, arXiv 2511.10618), with S(t) the nats of tokens 1..t by a model that reads just these:
-two_window_nats of token t is S(t) - S(t-1), by the chain rule H(t|<t) = H(<=t) - H(<t): two windows, one token apart.
-It is exact for the model and takes T forwards a row. Of a causal model, a memory model of chunks too, it is the loss;
-of an oracle, whose decoder is given a vector of the whole window, what one more token adds, the cost of the vector
-being the same in both; an oracle that was trained on whole rows only is asked here about shorter ones.
-Occlusion, of models with a memory, compares outputs with the vectors and with zeros in their place, two forwards:
-occlusion_nats is the loss without minus the loss with, what the memory told of a token; occlusion_l1 and
-occlusion_cosine are distances of the logits, sum |a - b| and 1 - cos(a, b).
+The encoder reads the T tokens of a row; the state it ends in is all that a causal decoder of T positions is given; its
+loss is the unshifted cross-entropy with those tokens (Badger, arXiv 2409.01482, 2602.13466). accuracy is the share
+regenerated (the source's Hamming), information 1 - H/ln V at H nats per token. embedding_nats is what the vector itself
+costs, numbers x embedding_bits x ln 2 / T per token: add it where a code length is meant.
 """
-import csv
-import math
+import functools
 import os
-import time
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-from configurator import UserError, at_least, configure, one_of, require, run
-from training.plan import batch_rules, optimizer_rules, rate_at
+from configurator import at_least, configure, names_in, one_of, require
 
 # -----------------------------------------------------------------------------
 # run
-mode = 'information'            # 'information' or 'entropy'
 from_ckpt = ''                  # encoders: run folders, files, Hugging Face folders, hub ids, comma-separated
 untrained = False               # control: each encoder's architecture with fresh weights as well
 own_decoder = False             # control: autoencoders with the decoder they were trained with as well
@@ -52,7 +40,7 @@ split = 'test'                  # where the numbers come from; the decoder is tr
 verify = False                  # check the SHA-256 of the data before training
 order = 'permuted'              # 'permuted' (each block once per epoch), 'sequential', 'random' (with replacement)
 train_only_on_leading_tokens = 0    # 0 = all
-max_rows = 0                    # leading rows of the split that are scored; 0 = all (entropy: 8)
+max_rows = 0                    # leading rows of the split that are scored; 0 = all
 block_size = 0                  # tokens that a vector stands for; 0 = the encoder's own
 # decoder; 0 or '' = as the encoder
 block_type = ''                 # 'attention', 'mixer', 'multihead_mixer'
@@ -82,354 +70,375 @@ log_interval = 100              # steps between lines of log.txt
 checkpoint_time = 1800.0        # seconds between checkpoints; 0 = only at the end and on a signal
 max_runtime = 0.0               # seconds, of all encoders together, after which to save and exit with 85; 0 = off
 # -----------------------------------------------------------------------------
+config = configure(globals())
+
+import torch
+import torch.nn as nn
+
+import score
+from corpus.data import Batches, open_split, row_rule
+from corpus.objectives import with_objective
+from model import ModelConfig, build, flops_per_token, make, model_args
+from training import curves, parallel, plan
+from training.checkpoint import load_checkpoint, load_weights, parent_of
+from training.folder import check_run_folder, read_run
+from training.optim import load_states, make_optimizers, set_rate, states_of
+from training.process import Env, StopSignals
+from training.run import Run, starting_checkpoint
+from training.step import accumulate, clip, forget_gradients, unscale, update
+from training.table import markdown, write_csv
 
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'seconds')
 SHOWN = ('encoder kind data numbers loss_nats accuracy information embedding_nats bits_per_byte tokens decoder_params '
          'seconds').split()
-OCCLUSION = 'occlusion_nats', 'occlusion_l1', 'occlusion_cosine'
-SHOWN_ENTROPY = 'encoder', 'data', 'rows', 'tokens', 'loss_nats', 'two_window_nats', *OCCLUSION, 'seconds'
 FIXED = ('seed', 'order', 'train_only_on_leading_tokens', 'block_size', 'block_type', 'n_layer', 'n_head',
          'n_embd', 'kernel', 'positions', 'spread', 'max_iters', 'batch_size', 'learning_rate', 'schedule',
          'warmup_iters', 'max_rows', 'min_learning_rate_ratio', 'beta1', 'beta2', 'adam_epsilon', 'weight_decay',
          'grad_clip')                                                   # of a resumed probe
-ENTROPY_COLUMNS = 'encoder', 'row', 'position', 'token', 'loss_nats', 'two_window_nats', *OCCLUSION
-ENTROPY_ROWS = 8
-MAX_SKIPPED = 20                # fp16 steps with non-finite gradients in a row
 
+
+# --- the model that is trained ---
+
+class Probe(nn.Module):
+    """Map ids (B, T) to logits (B, T, V), with targets to summed nats: a frozen encoder, then a decoder.
+
+    decoder_config: of an autoencoder, of which the decoder alone is kept; its bottleneck is the width of the vector
+    where that is not its own.
+    """
+
+    def __init__(self, encoder, decoder_config):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.decoder = make(decoder_config)
+        self.decoder.encoder = None
+        self.decoder.narrow = None
+        self.config = decoder_config
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.eval()                                             # no dropout in what is measured
+        return self
+
+    def forward(self, x, y=None):
+        with torch.no_grad():
+            vector = self.encoder.encode(x)
+        return self.decoder.decode(vector.float(), y)
+
+
+def decoder_of(args, T, vocab_size, k):
+    """Return the ModelConfig of a decoder for the encoder with these model_args."""
+    kind = k.block_type or args.get('block_type', 'attention')
+    default_positions = 'sinusoidal' if kind == 'attention' else 'none'
+    numbers = numbers_of(args)
+    width = k.n_embd or args['n_embd']
+    return ModelConfig(block_size=T, vocab_size=vocab_size, n_layer=k.n_layer or args['n_layer'],
+                       n_head=k.n_head or args['n_head'], n_embd=width, block_type=kind, kernel=k.kernel,
+                       spread=k.spread, positions=k.positions or default_positions, wrapper='autoencoder',
+                       bottleneck=numbers if numbers != width else 0)
+
+
+def numbers_of(args):
+    """Return how many numbers the vector of an encoder with these model_args has."""
+    return args.get('bottleneck') or args['n_embd']
+
+
+# --- which encoders, on which data ---
 
 def names_of(paths):
     """Return a short name for each checkpoint: its run folder's, with the file's where that is not ckpt.pt."""
     names = []
     for path in paths:
-        folder, file = os.path.split(path.rstrip('/')) if path.endswith('.pt') else (path.rstrip('/'), 'ckpt.pt')
-        name = os.path.basename(folder) + ('' if file == 'ckpt.pt' else f'-{file.removesuffix(".pt")}')
-        names.append(name if name not in names else f'{name}-{len(names)}')
+        folder = path.rstrip('/')
+        file = 'ckpt.pt'
+        if path.endswith('.pt'):
+            folder, file = os.path.split(path)
+        name = os.path.basename(folder)
+        if file != 'ckpt.pt':
+            name += f'-{file.removesuffix(".pt")}'
+        if name in names:
+            name += f'-{len(names)}'
+        names.append(name)
     return names
 
 
-def make_probe(encoder, decoder_config):
-    """Return a module that maps ids (B, T) to logits (B, T, V), with targets to summed nats: encoder, then decoder.
+def common_dataset(checkpoints, dataset):
+    """Return the data set that all encoders are asked about: `dataset`, or '' for the one they were trained on."""
+    sets = {dataset or checkpoint['data']['dataset'] for checkpoint in checkpoints}
+    require((len(sets) == 1 and all(sets), f'the encoders were trained on {", ".join(sorted(sets)) or "no data set"};'
+             ' name one for all, --dataset=NAME'))
+    return sets.pop()
 
-    decoder_config: of an autoencoder, of which the decoder alone is kept; its bottleneck is the width of the vector
-    where that is not its own.
+
+def fit_rules(path, checkpoint, data, dataset, T, longest):
+    """For require(): do rows of T tokens of a data set fit a checkpoint that reads at most `longest`?"""
+    args = checkpoint['model_args']
+    tokenizer = checkpoint['data']['tokenizer']
+    return [(tokenizer == data.tokenizer and data.vocab_size <= args['vocab_size'],
+             f"{path} reads {tokenizer!r} tokens with a vocabulary of {args['vocab_size']}, data set {dataset!r} holds"
+             f' {data.tokenizer!r} tokens with {data.vocab_size}; prepare the text with the tokenizer of the encoder'),
+            (T <= longest, f'rows have {T} tokens, {path} was built for at most {longest}; write'
+             f' --block_size={longest}'),
+            row_rule(data, dataset, T),
+            (not data.padded, f'{dataset!r} has rows with hidden padding, which no encoder reads')]
+
+
+@dataclass
+class Job:
+    """A row of the table: an encoder of some kind, and the decoder that it is asked through.
+
+    kind: 'trained', 'untrained' (fresh weights) or 'own decoder', which is not trained and has no folder. facts: what
+    its run.json says of it. before: what that said when a probe is resumed, else {}.
     """
-    import torch
-    import torch.nn as nn
+    folder: str
+    kind: str
+    checkpoint: dict
+    decoder: ModelConfig
+    facts: dict
+    before: dict
 
-    from model import make
-    decoder = make(decoder_config)
-    decoder.encoder = decoder.narrow = None
-
-    class Probe(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.decoder, self.config = encoder.requires_grad_(False), decoder, decoder_config
-
-        def train(self, mode=True):
-            super().train(mode)
-            self.encoder.eval()                                         # no dropout in what is measured
-            return self
-
-        def forward(self, x, y=None):
-            with torch.no_grad():
-                vector = self.encoder.encode(x)
-            return self.decoder.decode(vector.float(), y)
-
-    return Probe()
+    @property
+    def is_done(self):
+        return self.before.get('status') == 'done'
 
 
-def decoder_of(args, T, vocab_size):
-    """Return the ModelConfig of a decoder for the encoder with these model_args."""
-    from model import ModelConfig
-    kind, numbers = block_type or args.get('block_type', 'attention'), args.get('bottleneck') or args['n_embd']
-    width = n_embd or args['n_embd']
-    return ModelConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer or args['n_layer'],
-                       n_head=n_head or args['n_head'], n_embd=width, block_type=kind, kernel=kernel, spread=spread,
-                       positions=positions or ('sinusoidal' if kind == 'attention' else 'none'),
-                       wrapper='autoencoder', bottleneck=numbers if numbers != width else 0)
+def jobs_of(path, label, checkpoint, train_data, test_data, dataset, k):
+    """Return the Jobs of one encoder, after a look at whether it can be asked."""
+    args = checkpoint['model_args']
+    wrapper = args.get('wrapper', '')
+    longest = args['chunk_size'] if wrapper == 'memory' else args['block_size']
+    T = k.block_size or train_data.row_length or longest
+    require(*fit_rules(path, checkpoint, train_data, dataset, T, longest),
+            (train_data.n_tokens > 0 and test_data.n_tokens > 0, f'{dataset!r} has an empty train or {k.split} split'),
+            (not wrapper or wrapper == 'autoencoder' or args.get('memory') != 'none',
+             f"{path} has no encoder (memory = 'none')"))
+    decoder = decoder_of(args, T, train_data.vocab_size, k)
+    facts = dict(encoder=parent_of(path)['sha256'], from_ckpt=path, data=dict(
+        dataset=dataset, sha256=train_data.sha256, scored=test_data.sha256, tokenizer=train_data.tokenizer))
+
+    # The encoder itself, and the controls that were asked for.
+    endings = dict(trained='')
+    if k.untrained:
+        endings['untrained'] = '-untrained'
+    if k.own_decoder and wrapper == 'autoencoder':
+        endings['own decoder'] = '-own_decoder'
+    jobs = []
+    for kind, ending in endings.items():
+        name = label + ending
+        folder = os.path.join(k.out_dir, name)
+        before = read_run(folder) if k.init_from == 'resume' else {}
+        jobs.append(Job(folder, kind, checkpoint, decoder, dict(facts, name=name, kind=kind), before))
+    return jobs
 
 
-def train_probe(probe, folder, facts, train_data, test_data, env, k, signals, whole):
-    """Train the decoder of one probe in its run folder; return its numbers, or None where it was saved and stopped.
+# --- knobs ---
 
-    whole: the RunRecord of all probes together.
-    """
-    import torch
+def check_knobs(k, n_ranks):
+    """Refuse knobs that cannot be meant, all in one message."""
+    from_zero = ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_rows', 'train_only_on_leading_tokens',
+                 'checkpoint_time', 'max_runtime')
+    from_one = ('max_iters', 'log_every', 'log_interval', 'embedding_bits')
+    require((names_in(k.from_ckpt), 'from_ckpt is empty; name encoders, --from_ckpt=out/RUN,gpt2'),
+            one_of('init_from', k.init_from, ('scratch', 'resume')),
+            one_of('order', k.order, ('permuted', 'sequential', 'random')),
+            one_of('spread', k.spread, ('unroll', 'repeat')),
+            (k.spread == 'unroll' or k.positions != 'rotary', "spread = 'repeat' gives all positions the same input,"
+             " which rotary attention cannot tell apart; use positions = 'sinusoidal' or spread = 'unroll'"),
+            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k),
+            *(at_least(name, getattr(k, name), 0) for name in from_zero),
+            *(at_least(name, getattr(k, name), 1) for name in from_one))
 
-    import runs
-    import score
-    from corpus.bins import batch_starts, n_blocks
-    from model import flops_per_token, model_args, optimizer_groups
-    from training import curves, parallel
-    T, decoder, path = probe.config.block_size, probe.decoder, os.path.join(folder, 'ckpt.pt')
+
+def check_resumed(jobs, config):
+    """Refuse to go on with decoders that were trained with other settings, on other data or of another encoder."""
+    rules = []
+    for job in jobs:
+        expected = {name: config[name] for name in FIXED}
+        expected.update(encoder=job.facts['encoder'], data=job.facts['data'])
+        for name, value in expected.items():
+            rules.append((not job.before or job.before.get(name) == value, f'cannot resume: {name} = {value!r},'
+                          f' {job.folder} was made with {job.before.get(name)!r}'))
+    require(*rules)
+
+
+# --- pieces of the run ---
+
+def encoder_of(job, env, seed):
+    """Return the encoder of a job, with fresh weights where it is the untrained control."""
+    torch.manual_seed(seed + 1)
+    encoder = build(job.checkpoint['model_args'])
+    if job.kind != 'untrained':
+        load_weights(encoder, job.checkpoint, job.facts['from_ckpt'])
+    return encoder.to(env.device).eval()
+
+
+def open_run(job, probe, start, config, whole, k):
+    """Return the Run of a decoder in its own folder; start: its checkpoint, or {}."""
+    T = probe.config.block_size
     c = probe.encoder.config
     reader = replace(c, wrapper='', block_size=T, n_layer=c.n_layer_encoder or c.n_layer)
-    start = runs.load_checkpoint(path) if init_from == 'resume' and os.path.exists(path) else {}
-    if start:
-        decoder.load_state_dict(start['decoder'])
-    step_model, set_sync = parallel.parallelise(probe, env, compile)
-    params = list(decoder.parameters())
-    optimizer = torch.optim.AdamW(optimizer_groups(params, weight_decay), lr=learning_rate, betas=(beta1, beta2),
-                                  eps=adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
+    of_reader = flops_per_token(reader) // 3                            # it goes forward only
+    of_decoder = flops_per_token(replace(probe.config, wrapper=''))
+    run = Run(job.folder, config, whole.env, whole.signals, start=start, whole=whole)
+    run.open(CSV_COLUMNS, k.overwrite, k.init_from == 'resume', seq_length=T, n_steps=k.max_iters,
+             flops_per_token=of_decoder + of_reader, n_params=sum(p.numel() for p in probe.decoder.parameters()),
+             procedure='probe', **job.facts)
+    return run
+
+
+def checkpoint_of(job, decoder, optimizers, scaler, config):
+    """Return what a checkpoint holds beside the counters."""
+    return dict(job.facts, decoder=decoder.state_dict(), model_args=model_args(decoder), config=config,
+                optimizer=states_of(optimizers, parallel.full), scaler=scaler.state_dict())
+
+
+def train_decoder(run, job, probe, batches, start, k):
+    """Train the decoder of a probe; returns False where a signal stopped it, after it was saved."""
+    env = run.env
+    params = dict(probe.decoder.named_parameters())
+    tensors = list(params.values())
+    step_model, set_sync = parallel.parallelise(probe, env, k.compile)
+    make_adamw = functools.partial(torch.optim.AdamW, lr=k.learning_rate, betas=(k.beta1, k.beta2),
+                                   eps=k.adam_epsilon, fused=env.kind in ('cuda', 'cpu'))
+    optimizers = make_optimizers(params, make_adamw, weight_decay=k.weight_decay)
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
     if start:
-        optimizer.load_state_dict(start['optimizer'])
+        load_states(optimizers, start['optimizer'])
         scaler.load_state_dict(start['scaler'])
-    counters = {name: start.get(name, 0) for name in ('step', 'tokens', 'step_seconds', 'final_train_loss')}
-    skipped = 0
-    if env.main:
-        runs.open_run_folder(folder, overwrite, init_from == 'resume')
-    env.barrier()
-    flops = flops_per_token(replace(probe.config, wrapper='')) + flops_per_token(reader) // 3      # this one forward
-    record = runs.RunRecord(folder, k.config, env, seq_length=T, n_steps=max_iters, flops_per_token=flops,
-                            n_params=sum(p.numel() for p in params), procedure='probe', **facts)
-    if env.main:
-        log, loss_file, loss_csv = runs.open_logs(folder, CSV_COLUMNS, counters['step'])
+    rates = plan.Schedule(k.schedule, k.max_iters, k.warmup_iters, k.min_learning_rate_ratio)
+    phase = plan.Phase('probe', 'probe', batches.n_batches, k.max_iters)
+    micro = k.micro_batch_size or k.batch_size // env.world
+    cure = f'a lower --learning_rate (now {k.learning_rate:g}) or --dtype=float32'
 
-    def note(line):
-        if env.main:
-            runs.say(log, line)
-
-    def save():
-        if env.main:
-            loss_file.flush()
-            runs.save_checkpoint(path, dict(
-                decoder=decoder.state_dict(), model_args=model_args(decoder), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), config=k.config, **facts, **counters))
-            runs.commit_run_folders()
-        env.barrier()
-
-    rows_per_rank, saved_at = batch_size // env.world, time.time()
-    micro, epoch_steps = micro_batch_size or rows_per_rank, n_blocks(n_blocks(train_data.n_tokens, T), batch_size)
-    bytes_per_token = train_data.bytes_per_target
     probe.train()
-    bar = runs.progress_bar(facts['name'], max_iters, counters['step'], env)
-    window = [time.time(), 0, 0.0]                                      # for log.txt: start, tokens, nats
-    while counters['step'] < max_iters:
-        began, lr = time.time(), rate_at(counters['step'], max_iters, learning_rate, k)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        epoch, batch = divmod(counters['step'], epoch_steps)
-        starts = batch_starts(order, seed, epoch, batch, batch_size, train_data.n_tokens, T)
-        n_scored = train_data.n_scored(starts, T)
-        mine = starts[env.rank * rows_per_rank:(env.rank + 1) * rows_per_rank]
-        sums = torch.zeros(3, device=env.device)                        # nats, stop?, checkpoint due?
-        sums[1] = float(bool(signals.received))
-        sums[2] = float(env.main and bool(checkpoint_time) and time.time() - saved_at > checkpoint_time)
-        for i in range(0, rows_per_rank, micro):
-            x, y = train_data.gather(mine[i:i + micro], T)
-            set_sync(i + micro >= rows_per_rank)
-            with env.autocast():
-                loss = step_model(env.put(x), env.put(y))               # nats, summed over the rows
-            scaler.scale(loss * (env.world / n_scored)).backward()      # ranks are averaged: hence world
-            sums[0] += loss.detach()
-        scaler.unscale_(optimizer)
-        nats, stop, save_due = env.sum(sums).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-        skipped = 0 if math.isfinite(norm) else skipped + 1             # the scaler skips such a step and scales down
-        if not math.isfinite(nats) or skipped and not scaler.is_enabled() or skipped == MAX_SKIPPED:
-            record.update(status='failed', failure=f'non-finite loss {nats} or gradient norm {norm}')
-            raise UserError(f"loss {nats}, gradient norm {float(norm)} at step {counters['step']}: stopped before the"
-                            f' update; try a lower --learning_rate (now {learning_rate:g}) or --dtype=float32')
-        scaler.step(optimizer)
+    run.begin(job.facts['name'], k.max_iters, run.step)
+    while run.step < k.max_iters:
+        run.begin_step()
+        lr = rates.rate(run.step, k.learning_rate)
+        set_rate(optimizers, lr)
+
+        # This rank's rows of the global batch, forward and backward; then one reduction over ranks.
+        place = phase.place(run.step)
+        x, y, n_scored = batches.batch(place, env.rank, env.world)
+        nats = accumulate(step_model, x, y, micro, env.world / n_scored, env, scaler, set_sync)
+        unscale(optimizers, tensors, scaler, env, sharded=False)
+        total_nats, = run.reduce(nats)
+        grad_norm = parallel.norm_of(tensors, env)
+        if run.check_finite(total_nats / n_scored, float(grad_norm), '', cure, scaler.is_enabled()):
+            clip(tensors, k.grad_clip, grad_norm)
+            update(optimizers, scaler)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        counters.update(step=counters['step'] + 1, tokens=counters['tokens'] + n_scored,
-                        final_train_loss=nats / n_scored, step_seconds=counters['step_seconds'] + time.time() - began)
-        step = counters['step']
-        window[1:] = window[1] + n_scored, window[2] + nats
-        if env.main and step % log_every == 0:
-            loss_csv.writerow(('probe', epoch, step, counters['tokens'], f'{nats / n_scored:.6f}', f'{lr:.4g}',
-                               f'{float(norm):.4g}', f"{counters['step_seconds']:.3f}"))
-        bar.update()
-        if step % log_interval == 0 or step == max_iters:
-            speed, mean = window[1] / (time.time() - window[0]), window[2] / window[1]
-            bpb = mean / math.log(2) / bytes_per_token
-            bar.set_postfix_str(f'{mean:.3f} nats/token, {speed:,.0f} tokens/s')
-            note(f'train phase=probe epoch={epoch} step={step} loss={mean:.5f} bpb={bpb:.4f} lr={lr:.3g}'
-                 f' grad_norm={float(norm):.3g} tokens_per_second={speed:.0f}')
-            record.update(step=step, train_loss=mean, phase='probe', train_tokens_per_second=round(speed))
-            window = [time.time(), 0, 0.0]
-        if stop and step < max_iters or save_due:
-            save()
-            saved_at = time.time()
-        if stop and step < max_iters:
-            bar.close()
-            note(record.pause(signals.where(step), step=step))
-            return None
-    bar.close()
-    if counters['step'] != start.get('step'):
-        save()
-    signals.leave_at_once(record, whole)                                # all is saved; a resume scores
-    found = score.evaluate(probe, test_data, T, score.rows_per_forward(T), env, max_blocks=max_rows,
-                           progress=f'{facts["name"]} on {split}')
-    signals.remember()
-    note(f"val phase=probe step={counters['step']} loss={found['loss_nats']:.5f} bpb={found['bits_per_byte']:.4f}")
-    if env.main:
-        note(curves.draw_run(folder, loss_file))
-    row = row_of(facts, probe.encoder, T, found)
-    row.update(decoder_params=record.values['n_params'], seconds=round(counters['step_seconds'], 1))
-    record.update(status='done', row=row)
-    return row
+        forget_gradients(optimizers)
+
+        # The step is done: log it, and save where it is time, where a signal asks for it, and at the end.
+        run.end_step(n_scored, [total_nats], total_nats / n_scored)
+        log_step(run, place, lr, float(grad_norm), batches.data.bytes_per_target, k)
+        if run.stop or run.save_due or run.step == k.max_iters:
+            run.save(checkpoint_of(job, probe.decoder, optimizers, scaler, run.config))
+        if run.stop and run.step < k.max_iters:
+            return False
+    run.end()
+    return True
 
 
-def row_of(facts, encoder, T, found):
-    """Return a row of the table: what was found of an encoder whose vector stands for T tokens."""
-    from score import embedding_nats
-    numbers = encoder.config.bottleneck or encoder.config.n_embd
-    return dict(encoder=facts['name'], kind=facts['kind'], data=f'{facts["data"]["dataset"]}/{split}', numbers=numbers,
-                embedding_nats=embedding_nats(numbers, embedding_bits, T), **found)
+def log_step(run, place, lr, grad_norm, bytes_per_token, k):
+    """Write what is due after a step to train_loss.csv and log.txt."""
+    loss = run.counters['final_train_loss']
+    run.log_row(('probe', place.epoch, run.step, run.counters['tokens'], f'{loss:.6f}', f'{lr:.4g}',
+                 f'{grad_norm:.4g}'))
+    if run.step % k.log_interval == 0 or run.step == k.max_iters:
+        mean = run.mean('probe', bytes_per_token)
+        run.note(f'train phase=probe epoch={place.epoch} step={run.step} loss={mean.loss:.5f}'
+                 f' bpb={mean.bits_per_byte:.4f} lr={lr:.3g} grad_norm={grad_norm:.3g}'
+                 f' tokens_per_second={mean.speed:.0f}')
 
 
-def entropy_of(model, T, data, env, name):
-    """Measure the leading rows of data, token by token; return (row of means, lines of entropy.csv as dicts)."""
-    import torch
-    from tqdm import tqdm
-
-    import score
-    began, lines = time.time(), []
-    starts = [start for start, _ in score.windows(data.n_tokens, T)][:max_rows or ENTROPY_ROWS]
-    with torch.no_grad(), env.autocast():
-        for n, start in enumerate(tqdm(starts, name, unit='row', leave=False)):
-            x, y = (env.put(part) for part in data.gather([start], T))
-            found = score.token_costs(model, x, y)
-            lines += [dict(encoder=name, row=n, position=i, token=token,
-                           **{key: float(cost[0, i]) for key, cost in found.items()})
-                      for i, token in enumerate(y[0].tolist()) if token >= 0]
-    means = {key: sum(line[key] for line in lines) / len(lines) for key in found}
-    return dict(encoder=name, data=f'{data.name}/{split}', rows=len(starts), tokens=len(lines), **means,
-                seconds=round(time.time() - began, 1)), lines
+def row_of(job, T, numbers, k):
+    """Return a row of the table: numbers that were found of an encoder whose vector stands for T tokens."""
+    of_vector = numbers_of(job.checkpoint['model_args'])
+    return dict(encoder=job.facts['name'], kind=job.kind, data=f"{job.facts['data']['dataset']}/{k.split}",
+                numbers=of_vector, embedding_nats=score.embedding_nats(of_vector, k.embedding_bits, T), **numbers)
 
 
-def main(argv=None):
-    config = configure(globals(), argv)
-    config.pop('overwrite')
-    paths, k = [p.strip() for p in from_ckpt.split(',') if p.strip()], SimpleNamespace(**config, config=config)
-    require(one_of('mode', mode, ('information', 'entropy')), (paths, 'from_ckpt is empty; name encoders,'
-            ' --from_ckpt=out/RUN,gpt2'), one_of('init_from', init_from, ('scratch', 'resume')),
-            one_of('order', order, ('permuted', 'sequential', 'random')),
-            one_of('spread', spread, ('unroll', 'repeat')),
-            (spread == 'unroll' or positions != 'rotary', "spread = 'repeat' gives all positions the same input, which"
-             " rotary attention cannot tell apart; use positions = 'sinusoidal' or spread = 'unroll'"),
-            *batch_rules(k, int(os.environ.get('WORLD_SIZE', 1))), *optimizer_rules(k),
-            *(at_least(name, config[name], 0) for name in (
-                'n_layer', 'n_head', 'n_embd', 'block_size', 'max_rows', 'train_only_on_leading_tokens',
-                'checkpoint_time', 'max_runtime')),
-            *(at_least(name, config[name], 1) for name in ('max_iters', 'log_every', 'log_interval',
-                                                           'embedding_bits')))
-    import torch
-
-    import runs
-    import score
-    from corpus.data import open_split
-    from corpus.objectives import with_objective
-    from model import build
-    signals = runs.StopSignals(max_runtime) if mode == 'information' else None     # entropy has nothing to save
-    env, loaded = runs.Env(device, dtype), [runs.load_checkpoint(path) for path in paths]
-    sets = {dataset or c['data']['dataset'] for c in loaded}
-    require((len(sets) == 1 and all(sets), f'the encoders were trained on {", ".join(sorted(sets)) or "no data set"};'
-             ' name one for all, --dataset=NAME'),
-            (mode == 'information' or env.world == 1 and init_from == 'scratch', 'mode = entropy runs in one process'
-             ' and from scratch; drop torchrun and init_from'))
-    name = sets.pop()
-    test_data = open_split(data_dir, name, split, verify)
-    train_data = open_split(data_dir, name, 'train', verify).head(train_only_on_leading_tokens) \
-        if mode == 'information' else test_data
-    jobs = []
-    for path, label, checkpoint in zip(paths, names_of(paths), loaded):
-        args, tokenizer = checkpoint['model_args'], checkpoint['data']['tokenizer']
-        wrapper, whole = args.get('wrapper', ''), args['block_size']
-        longest = args['chunk_size'] if wrapper == 'memory' and mode == 'information' else whole
-        T = block_size or train_data.row_length or longest
-        require((tokenizer == train_data.tokenizer and train_data.vocab_size <= args['vocab_size'],
-                 f"{path} reads {tokenizer!r} tokens with a vocabulary of {args['vocab_size']}, data set {name!r} holds"
-                 f' {train_data.tokenizer!r} tokens with {train_data.vocab_size}; prepare the text with the tokenizer'
-                 ' of the encoder'),
-                (T <= longest, f'rows have {T} tokens, {path} was built for at most {longest}; write'
-                 f' --block_size={longest}'),
-                (train_data.row_length in (0, T), f'block_size = {T}, {name!r} has rows of {train_data.row_length}'
-                 f' tokens; set --block_size={train_data.row_length}'),
-                (not train_data.padded, f'{name!r} has rows with hidden padding, which no encoder reads'),
-                (train_data.n_tokens > 0 and test_data.n_tokens > 0, f'{name!r} has an empty train or {split} split'),
-                (not wrapper or wrapper == 'autoencoder' or args.get('memory') != 'none' or mode == 'entropy',
-                 f"{path} has no encoder (memory = 'none')"),
-                (mode == 'information' or wrapper != 'autoencoder', f'{path} is an autoencoder, which predicts no next'
-                 ' token; mode = entropy needs a language model'),
-                (mode == 'information' or not wrapper or T == whole, f'block_size = {T}, {path} takes rows of {whole}'))
-        facts = dict(encoder=runs.parent_of(path)['sha256'], from_ckpt=path, data=dict(
-            dataset=name, sha256=train_data.sha256, scored=test_data.sha256, tokenizer=tokenizer))
-        kinds = {'trained': True, 'untrained': untrained, 'own decoder': own_decoder and wrapper == 'autoencoder'}
-        for kind in [kind for kind, wanted in kinds.items() if wanted and (kind == 'trained' or mode == 'information')]:
-            folder = os.path.join(out_dir, label if kind == 'trained' else f'{label}-{kind.replace(" ", "_")}')
-            jobs.append((folder, checkpoint, decoder_of(args, T, train_data.vocab_size), dict(
-                facts, name=os.path.basename(folder), kind=kind)))
-    before = [runs.read_run(folder) if init_from == 'resume' else {} for folder, *_ in jobs]
-    require(*((old.get(key) == new, f'cannot resume: {key} = {new!r}, {folder} was made with {old.get(key)!r}')
-              for old, (folder, _, _, facts) in zip(before, jobs) if old
-              for key, new in (dict((key, config[key]) for key in FIXED) | dict(
-                  encoder=facts['encoder'], data=facts['data'])).items()))
-    env.barrier()                                                       # all ranks have read what was there
-    if env.main:
-        trained = [folder for (folder, _, _, facts), old in zip(jobs, before)
-                   if facts['kind'] != 'own decoder' and old.get('status') != 'done']
-        for folder in (out_dir, *trained):                              # refuse before the first is trained
-            runs.check_run_folder(folder, overwrite, init_from == 'resume', paths)
-        runs.open_run_folder(out_dir, overwrite, init_from == 'resume', paths)
-    env.barrier()
-    record, rows, lines = runs.RunRecord(out_dir, config, env), [], []
-    for (folder, checkpoint, decoder, facts), old in zip(jobs, before):
-        if old.get('status') == 'done':
-            rows.append(old['row'])
-            continue
-        torch.manual_seed(seed + 1)                                     # of fresh weights; others are overwritten
-        encoder = build(checkpoint['model_args'])
-        if facts['kind'] != 'untrained':
-            runs.load_weights(encoder, checkpoint, facts['from_ckpt'])
-        encoder, wrapper = encoder.to(env.device).eval(), encoder.config.wrapper
-        rows_of = with_objective(test_data, 'memory' if wrapper else 'clm', wrapper)
-        if mode == 'entropy':
-            row, more = entropy_of(encoder, decoder.block_size, rows_of, env, facts['name'])
-            lines += more
-        elif facts['kind'] == 'own decoder':
-            T = decoder.block_size
-            signals.leave_at_once(record)
-            row = row_of(facts, encoder, T, score.evaluate(encoder, rows_of, T, score.rows_per_forward(T), env,
-                                                           max_blocks=max_rows, progress=facts['name']))
-            signals.remember()
-        else:
-            torch.manual_seed(seed)                                     # the same decoder for encoders of one shape
-            tokens = [with_objective(data, 'autoencode', 'autoencoder') for data in (train_data, test_data)]
-            row = train_probe(make_probe(encoder, decoder).to(env.device), folder, facts, *tokens, env, k, signals,
-                              record)
-        if row is None:
-            record.pause(f'at {facts["name"]} by {signals.received or "rank"}')
-            env.barrier()                                               # the first rank to go may end the others
-            env.close()
-            runs.close_run_folders()
-            return runs.PAUSED
-        rows.append(row)
-        record.update(rows=rows)
-    env.barrier()                                                       # the first rank to go may end the others
-    env.close()
-    if env.main:
-        columns = SHOWN if mode == 'information' else SHOWN_ENTROPY
-        table = runs.markdown(rows, [c for c in columns if any(c in row for row in rows)])
-        with open(os.path.join(out_dir, 'table.md'), 'w', encoding='utf-8') as f:
-            f.write(table + '\n')
-        runs.write_csv(os.path.join(out_dir, 'table.csv'), rows)
-        if mode == 'entropy':
-            with open(os.path.join(out_dir, 'entropy.csv'), 'w', newline='', encoding='utf-8') as f:
-                table_of = csv.DictWriter(f, ENTROPY_COLUMNS, restval='')
-                table_of.writeheader()
-                table_of.writerows(lines)
-        print(f'{table}\nwrote {out_dir}')
-    if signals:
-        signals.close()
-    runs.commit_run_folders()
-    record.update(status='done')
-    runs.close_run_folders()
-    return 0
+def write_table(out_dir, rows, columns):
+    """Write table.md and table.csv and return the former, with those of the columns that any row has."""
+    table = markdown(rows, [name for name in columns if any(name in row for row in rows)])
+    with open(os.path.join(out_dir, 'table.md'), 'w', encoding='utf-8') as f:
+        f.write(table + '\n')
+    write_csv(os.path.join(out_dir, 'table.csv'), rows)
+    return table
 
 
 if __name__ == '__main__':
-    run(main)
+    # 1. What is asked for, this process among the others, and the signals that end it with a checkpoint.
+    k = SimpleNamespace(**config)
+    config.pop('overwrite')
+    check_knobs(k, int(os.environ.get('WORLD_SIZE', 1)))
+    signals = StopSignals(max_runtime)
+    env = Env(device, dtype)
+
+    # 2. The encoders, and the data that they are asked about.
+    paths = names_in(from_ckpt)
+    checkpoints = [load_checkpoint(path) for path in paths]
+    dataset_name = common_dataset(checkpoints, dataset)
+    test_data = open_split(data_dir, dataset_name, split, verify)
+    train_data = open_split(data_dir, dataset_name, 'train', verify).head(train_only_on_leading_tokens)
+    jobs = []
+    for path, label, checkpoint in zip(paths, names_of(paths), checkpoints):
+        jobs += jobs_of(path, label, checkpoint, train_data, test_data, dataset_name, k)
+    check_resumed(jobs, config)
+    env.barrier()                                                       # all ranks have read what was there
+
+    # 3. The folder of the whole. Those of the decoders are looked at as well, before the first of them is trained.
+    if env.main:
+        to_train = [job.folder for job in jobs if job.kind != 'own decoder' and not job.is_done]
+        for folder in (out_dir, *to_train):
+            check_run_folder(folder, overwrite, init_from == 'resume', paths)
+    whole = Run(out_dir, config, env, signals)
+    whole.open((), overwrite, init_from == 'resume', paths)
+
+    # 4. One after the other. All decoders of one shape start from the same weights.
+    rows = []
+    autoencoding = [with_objective(data, 'autoencode', 'autoencoder') for data in (train_data, test_data)]
+    for job in jobs:
+        if job.is_done:
+            rows.append(job.before['row'])
+            continue
+        T = job.decoder.block_size
+        eval_rows = score.rows_per_forward(T)
+        encoder = encoder_of(job, env, seed)
+        if job.kind == 'own decoder':
+            rows_of_text = with_objective(test_data, 'memory', 'autoencoder')
+            with whole.scoring():
+                numbers = score.evaluate(encoder, rows_of_text, T, eval_rows, env, max_blocks=max_rows,
+                                         progress=job.facts['name'])
+            rows.append(row_of(job, T, numbers, k))
+            whole.record.update(rows=rows)
+            continue
+
+        torch.manual_seed(seed)
+        probe = Probe(encoder, job.decoder).to(env.device)
+        start, _, _ = starting_checkpoint(init_from, job.folder, env)
+        if start:
+            probe.decoder.load_state_dict(start['decoder'])
+        run = open_run(job, probe, start, config, whole, k)
+        batches = Batches(autoencoding[0], order, seed, batch_size, T)
+        if not train_decoder(run, job, probe, batches, start, k):
+            sys.exit(run.pause())
+
+        # All is saved: a signal leaves the scoring to a resume.
+        with run.scoring():
+            numbers = score.evaluate(probe, autoencoding[1], T, eval_rows, env, max_blocks=max_rows,
+                                     progress=f'{job.facts["name"]} on {split}')
+        run.note(f'val phase=probe step={run.step} loss={numbers["loss_nats"]:.5f} bpb={numbers["bits_per_byte"]:.4f}')
+        if env.main:
+            run.note(curves.draw_run(job.folder, run.loss_file))
+        row = dict(row_of(job, T, numbers, k), decoder_params=run.record.values['n_params'],
+                   seconds=round(run.counters['step_seconds'], 1))
+        run.done(row=row)
+        rows.append(row)
+        whole.record.update(rows=rows)
+
+    # 5. The table.
+    if env.main:
+        print(f'{write_table(out_dir, rows, SHOWN)}\nwrote {out_dir}')
+    whole.done()

@@ -10,42 +10,73 @@ import os
 import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
+from conftest import run_here
 
-import runs
 import sparse
-import train
+from training.plan import Schedule
+from training.process import Env
 
-torch.set_num_threads(1)
 rank = int(os.environ['RANK'])
-real_seed, real_sizes, real_state, real_rate = torch.manual_seed, sparse.model_sizes, sparse.pmmp_state, train.rate_at
-runs.Env.close = lambda self: None                      # one process group for all trainings
-with open(sys.argv[1]) as f:
-    jobs = json.load(f)
-for name, stop_rank, stop_step, flags in jobs:
-    folder = next(f.split('=')[1] for f in flags if f.startswith('--out_dir='))
+real_seed = torch.manual_seed
+real_sizes = sparse.model_sizes
+real_rate = Schedule.rate
 
-    def sizes(tensors, name=name, folder=folder):
+
+class Job:
+    """One training, and what is put into it: the name and folder of a run, the step in which a rank gets a signal."""
+
+    def __init__(self, name, stop_rank, stop_step, flags):
+        self.name = name
+        self.flags = flags
+        self.folder = next(f.split('=')[1] for f in flags if f.startswith('--out_dir='))
+        self.stop_step = stop_step if rank == stop_rank else -1
+        self.seed_spread = 0 if '--shard=full' in flags else 1000
+
+    def path(self, what):
+        return os.path.join(self.folder, f'{self.name}-{what}-{rank}')
+
+    def seed(self, seed):
+        return real_seed(seed + self.seed_spread * rank)
+
+    def sizes(self, tensors):
+        """Save this rank's weights where the sizes of the final model are taken."""
         tensors = list(tensors)
-        torch.save([t.detach() for t in tensors], os.path.join(folder, f'{name}-theta-{rank}.pt'))
+        torch.save([t.detach() for t in tensors], self.path('theta') + '.pt')
         return real_sizes(tensors)
 
-    def state(params, *more, name=name, folder=folder):
-        made = real_state(params, *more)
-        kept = dict(theta=[p.detach().clone() for p in params.values()], w=[w.clone() for w in made.get('w', ())])
-        torch.save(kept, os.path.join(folder, f'{name}-start-{rank}.pt'))
-        return made
-
-    def rate(step, *more, stop_rank=stop_rank, stop_step=stop_step):
-        if rank == stop_rank and step == stop_step:
+    def rate(self, step):
+        if step == self.stop_step:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real_rate(step, *more)
 
-    spread = 0 if '--shard=full' in flags else 1000
-    torch.manual_seed = lambda seed, spread=spread: real_seed(seed + spread * rank)
-    sparse.model_sizes, sparse.pmmp_state, train.rate_at = sizes, state, rate
-    status = train.main(flags)
-    with open(os.path.join(folder, f'{name}-status-{rank}'), 'w') as f:
-        f.write(str(status))
-torch.distributed.destroy_process_group()
+    def change(self, names):
+        """Save θ and w where PMMP starts its phase."""
+        real_begin = names['PMMP'].begin
+
+        def begin(procedure, params, *more):
+            real_begin(procedure, params, *more)
+            kept = dict(theta=[p.detach().clone() for p in params.values()],
+                        w=[w.clone() for w in getattr(procedure, 'w', ())])
+            torch.save(kept, self.path('start') + '.pt')
+        names['PMMP'].begin = begin
+
+    def run(self):
+        """Run train.py with all of it; its exit status goes to a file."""
+        def rate(schedule, step, peak):
+            self.rate(step)
+            return real_rate(schedule, step, peak)
+        torch.manual_seed = self.seed
+        sparse.model_sizes = self.sizes
+        Schedule.rate = rate
+        status = run_here('train.py', *self.flags, change=self.change)
+        with open(self.path('status'), 'w') as f:
+            f.write(str(status))
+
+
+if __name__ == '__main__':
+    Env.close = lambda self: None                           # one process group for all trainings
+    with open(sys.argv[1]) as f:
+        jobs = json.load(f)
+    for job in jobs:
+        Job(*job).run()
+    torch.distributed.destroy_process_group()

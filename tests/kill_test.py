@@ -21,6 +21,9 @@ import time
 from conftest import ROOT, TINY, make_text, same, write_dataset
 
 from configurator import configure, one_of, require, run
+from training.checkpoint import load_checkpoint
+from training.folder import read_run
+from training.process import PAUSED
 
 # -----------------------------------------------------------------------------
 kills = 20
@@ -39,7 +42,8 @@ N_STEPS = 600
 SHORT = ('--device=cpu', '--dtype=float32', '--dataset=toy', '--max_iters=200', '--batch_size=8', '--log_interval=1')
 ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--online_window=32', '--online_streams=4',
           '--online_block=32', '--online_updates=2', '--online_rows=2', '--no-verify', '--no-progress')
-COMPRESS = 'import configurator, compress, online; online.SEGMENT_SYMBOLS = 1000; configurator.run(compress.main)'
+COMPRESS = ('import runpy; from codec import online; online.SEGMENT_SYMBOLS = 1000; '
+            f"runpy.run_path({os.path.join(ROOT, 'compress.py')!r}, run_name='__main__')")
 LIMIT_SECONDS = 120             # of one launch
 MOMENTS = ('step', 'save', 'resume', 'start')
 # init_from, what was resumed, times, the working tree
@@ -97,8 +101,7 @@ def kill_all(folder, process):
 
 def progress(folder):
     """Return (process id, last logged step, time of ckpt.pt.tmp) of a run; 0 for what is not there."""
-    import runs
-    record, half = runs.read_run(folder), os.path.join(folder, 'ckpt.pt.tmp')
+    record, half = read_run(folder), os.path.join(folder, 'ckpt.pt.tmp')
     try:
         written = os.stat(half).st_mtime_ns
     except FileNotFoundError:
@@ -132,10 +135,9 @@ def phase_of(step):
 
 def differences(unbroken, broken, n_steps=N_STEPS, names=('ckpt.pt', 'best.pt')):
     """Compare two run folders: every entry of ckpt.pt but MAY_DIFFER, best.pt's weights, train_loss.csv."""
-    import runs
     problems = []
     for name in names:
-        a, b = (runs.load_checkpoint(os.path.join(folder, name)) for folder in (unbroken, broken))
+        a, b = (load_checkpoint(os.path.join(folder, name)) for folder in (unbroken, broken))
         problems += [f'{name}: {key} differs' for key in sorted(a.keys() | b.keys() - MAY_DIFFER)
                      if key not in MAY_DIFFER and not (key in a and key in b and same(a[key], b[key]))]
     rows = []
@@ -169,7 +171,6 @@ def tail_of(folder):
 
 def kill_test(work, n_kills, n_ranks, seed, *flags):
     """Return the list of differences between a run killed n_kills times and an unbroken one; prints as it goes."""
-    import runs
     rng, data_dir = random.Random(seed), os.path.join(work, 'data')
     write_dataset(data_dir, sizes=(40_000, 2000, 777))      # 157 batches of 8 x 32
     unbroken, broken = os.path.join(work, 'unbroken'), os.path.join(work, 'broken')
@@ -189,14 +190,14 @@ def kill_test(work, n_kills, n_ranks, seed, *flags):
         if not alive:
             return [f'launch {i + 1} of {n_kills} ended before it was killed, see its output: ' + tail_of(broken)]
         path = os.path.join(broken, 'ckpt.pt')
-        saved = runs.load_checkpoint(path)['step'] if os.path.exists(path) else 0
+        saved = load_checkpoint(path)['step'] if os.path.exists(path) else 0
         _, step, written = progress(broken)
         half = ', in the middle of saving' if written not in (0, before[2]) else ''
         print(f'kill {i + 1:2} ({moment}): last logged step {step} ({phase_of(step)}), checkpoint of step'
               f' {saved} ({phase_of(saved)}){half}', flush=True)
     finish(broken, data_dir, n_ranks, '--checkpoint_time=0.1', '--init_from=resume', *flags)
     problems = differences(unbroken, broken)
-    pruned = runs.read_run(broken)['n_prunings']
+    pruned = read_run(broken)['n_prunings']
     return problems + ([] if pruned == 2 else [f'{pruned} prunings, expected 2'])
 
 
@@ -226,8 +227,7 @@ class Interrupted:
 
     def step(self, folder):
         """Return the last logged step of a run, over all its parts."""
-        import runs
-        records = [runs.read_run(os.path.join(folder, part)) for part in self.parts]
+        records = [read_run(os.path.join(folder, part)) for part in self.parts]
         return sum(self.n_steps if r.get('status') == 'done' else r.get('step', 0) for r in records)
 
     def differences(self, unbroken, broken):
@@ -246,10 +246,9 @@ def interrupt(process, folder):
 
 def wrong_ending(folder, parts, code, n_ranks):
     """Return what a run that Ctrl-C ended has not done as it should, '' if nothing."""
-    import runs
-    record = runs.read_run(folder)
-    if n_ranks == 1 and code != runs.PAUSED:
-        return f'exit status {code}, expected {runs.PAUSED}'
+    record = read_run(folder)
+    if n_ranks == 1 and code != PAUSED:
+        return f'exit status {code}, expected {PAUSED}'
     if record.get('status') != 'paused' or '--init_from=resume' not in record.get('paused', ''):
         return f'run.json has status {record.get("status")!r} and {record.get("paused")!r}'
     lines = []
@@ -313,7 +312,7 @@ def online_test(work, n_interrupts, seed):
     rng = random.Random(seed)
     names = {name: os.path.join(work, name) for name in ('text', 'whole', 'broken', 'decoded', 'state')}
     with open(names['text'], 'wb') as f:
-        f.write(make_text(1500 * n_interrupts + 6000))
+        f.write(make_text(2500 * n_interrupts + 6000))
     code = start(['-c', COMPRESS, 'online', names['text'], names['whole'], *ONLINE], names['whole']).wait(LIMIT_SECONDS)
     if code:
         return [f'coding failed: {tail_of(names["whole"])}']

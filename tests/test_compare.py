@@ -2,11 +2,10 @@
 import json
 
 import pytest
-from conftest import TINY, write_dataset
+from conftest import TINY, run_here, write_dataset
 
-import runs
-import train
 from configurator import UserError
+from training.folder import read_run
 
 
 @pytest.fixture(scope='module')
@@ -16,17 +15,21 @@ def three(tmp_path_factory):
     write_dataset(str(root / 'data'), 'one')
     write_dataset(str(root / 'data'), 'two', sizes=(6000, 900, 900))
     for name, flag in (('a', '--dataset=one'), ('b', '--dataset=two'), ('mix', '--data_mix=one,two')):
-        train.main([*TINY, f'--data_dir={root / "data"}', flag, '--max_iters=2', f'--out_dir={root / name}',
-                    '--final_train_blocks=0', f'--log_interval={len(name)}'])
+        run_here('train.py', *TINY, f'--data_dir={root / "data"}', flag, '--max_iters=2', f'--out_dir={root / name}',
+                 '--final_train_blocks=0', f'--log_interval={len(name)}')
     return root
 
 
 def edited(three, tmp_path, **changes):
     """A copy of run a with other values in its run.json."""
-    record = runs.read_run(str(three / 'a'))
+    record = read_run(str(three / 'a'))
     (tmp_path / 'copy').mkdir()
     (tmp_path / 'copy' / 'run.json').write_text(json.dumps({**record, **changes}))
     return str(tmp_path / 'copy')
+
+
+def compare(*argv):
+    return run_here('runs.py', 'compare', *argv)
 
 
 def table(out):
@@ -35,7 +38,7 @@ def table(out):
 
 
 def test_runs_that_differ_in_their_data_alone_are_fair(three, capsys):
-    assert runs.main(['compare', *(str(three / name) for name in ('a', 'b', 'mix'))]) == 0
+    assert compare(*(three / name for name in ('a', 'b', 'mix'))) == 0
     out = capsys.readouterr().out
     found = table(out)
     assert found['dataset'] == found['data_mix'] == found['data sha256'] == found['unique training tokens'] == 'data'
@@ -48,25 +51,26 @@ def test_runs_that_differ_in_their_data_alone_are_fair(three, capsys):
                                     dict(seed=2), dict(status='paused'), dict(data=dict(tokenizer='gpt2')),
                                     dict(dropout=0.1), dict(n_steps=3)])
 def test_anything_else_is_named_and_exits_with_1(change, three, tmp_path, capsys):
-    assert runs.main(['compare', str(three / 'a'), edited(three, tmp_path, **change)]) == 1
-    out, name = capsys.readouterr().out, 'tokenizer' if 'data' in change else next(iter(change))
+    assert compare(three / 'a', edited(three, tmp_path, **change)) == 1
+    out = capsys.readouterr().out
+    name = 'tokenizer' if 'data' in change else next(iter(change))
     assert out.rstrip().splitlines()[-1] == f'not fair: {name}' and out.splitlines()[2].split()[1] == name
 
 
 def test_allowed_settings_may_differ(three, tmp_path, capsys):
     paths = [str(three / 'a'), edited(three, tmp_path, seed=2, commit='x', init_from='resume')]
-    assert runs.main(['compare', *paths, '--allow=seed, commit']) == 0
+    assert compare(*paths, '--allow=seed, commit') == 0
     assert table(capsys.readouterr().out)['seed'] == 'allowed'
-    assert runs.main(['compare', *paths, '--allow=seed']) == 1
+    assert compare(*paths, '--allow=seed') == 1
 
 
 @pytest.mark.parametrize('argv, message', [(['{a}'], 'at least 2'), (['{a}', '{a}/none'], 'no run.json in .*none'),
                                            (['{a}', '{b}', '--allow=sede'], 'allow names sede')])
 def test_bad_input(argv, message, three):
     with pytest.raises(UserError, match=message):
-        runs.main(['compare', *(word.format(a=three / 'a', b=three / 'b') for word in argv)])
+        compare(*(word.format(a=three / 'a', b=three / 'b') for word in argv))
 
 
 def test_two_unfinished_runs_are_no_comparison(three, tmp_path):
     copy = edited(three, tmp_path, status='paused')
-    assert runs.main(['compare', copy, copy + '/']) == 1
+    assert compare(copy, copy + '/') == 1

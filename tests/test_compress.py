@@ -1,29 +1,22 @@
 """compress.py: what goes in comes out, from any process and setting; damage of any kind is one clear error."""
-import functools
-import hashlib
 import os
 import random
-import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_text, run_script
+from conftest import ROOT, make_text, run_here, run_script
 
 import compress
-import configurator
-from codec import container, exact, online, weights
-from codec.sites import choose_sites
+from codec import container, twopart
+from codec.output import Output
 from configurator import UserError
-from corpus.bins import mix64
 from model import GPT, ModelConfig, make, model_args
-from runs import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 QUIET = '--no-progress'
-ONLINE = ('--online_n_layer=1', '--online_n_embd=32', '--online_n_head=2', '--online_window=32', '--online_streams=4',
-          '--online_block=32', '--online_updates=1', '--online_rows=4', '--online_dropout=0.1', QUIET)
 
 
 def trained(path, text, steps=120, tokenizer='byte', **options):
@@ -54,11 +47,11 @@ def folder(tmp_path_factory):
 
 def pack(folder, name, out, *flags):
     paths = [str(folder / p) for p in ('ckpt.pt', name, out)]
-    return compress.main(['pack', *paths, '--no-verify', QUIET, *flags])
+    return run_here('compress.py', 'pack', *paths, '--no-verify', QUIET, *flags)
 
 
 def unpack(path, out, *flags):
-    return compress.main(['unpack', str(path), str(out), QUIET, *flags])
+    return run_here('compress.py', 'unpack', str(path), str(out), QUIET, *flags)
 
 
 def sections_of(path):
@@ -70,11 +63,10 @@ def rewrite(source, out, change):
     """Write an archive again, CRCs and all, after change(head, sections)."""
     kind, head, table, sections, data = sections_of(source)
     change(head, sections)
-    blocks, at = [], 0
-    for form, n, length, _ in table:
-        blocks.append((form, n, data[at:at + length], b''))
-        at += length
-    with container.Output(str(out)) as f:
+    blocks = []
+    for entry, part in container.Archive(kind, head, table, dict(data=data)).blocks():
+        blocks.append(container.Block(entry.form, entry.n_symbols, part, b''))
+    with Output(str(out)) as f:
         container.write_archive(f, kind, head, sections, blocks)
         f.commit()
     return out
@@ -91,15 +83,15 @@ def test_unpack_settings_do_not_matter(folder, tmp_path, flags):
 
 def test_archive_is_small_and_its_size_is_honest(folder, capsys):
     """The model pays off on its own text; the code length computed is the file's size within 0.1 % + 1 kB."""
-    with container.Output(str(folder / 'again')) as out:
-        flags = ['pack', 'a', 'b', 'c', QUIET, '--weight_bits=6', '--streams=25']
-        compress.configure(vars(compress), flags, compress.VERBS)
-        raw, computed = compress.pack(str(folder / 'ckpt.pt'), str(folder / 'text'), out, lambda text: None)
+    with Output(str(folder / 'again')) as out:
+        options = twopart.Packing(weight_bits=6, streams=25)
+        raw, computed = twopart.pack(str(folder / 'ckpt.pt'), str(folder / 'text'), out, options)
         assert abs(out.size - computed) <= 0.001 * out.size + 1000 and len(raw) == 6000
     _, _, table, _, data = sections_of(folder / 'archive')
     assert [b[0] for b in table] == [container.CODED] * 3 and len(data) < 0.5 * 6000
 
 
+@pytest.mark.slow
 def test_fresh_processes_with_other_settings(folder, tmp_path):
     """Pack verifies in a process of its own; two threads give the same archive; pipes carry archive and text."""
     done = run_script('compress.py', 'pack', folder / 'ckpt.pt', folder / 'text', tmp_path / 'a', '--threads=2',
@@ -108,7 +100,7 @@ def test_fresh_processes_with_other_settings(folder, tmp_path):
     assert (tmp_path / 'a').read_bytes() == (folder / 'archive').read_bytes()
     assert os.listdir(tmp_path) == ['a']
     command = [sys.executable, os.path.join(ROOT, 'compress.py'), 'unpack', '-', '-', '--streams_at_once=3']
-    piped = subprocess.run(command, input=(tmp_path / 'a').read_bytes(), capture_output=True, timeout=60)
+    piped = subprocess.run(command, input=(tmp_path / 'a').read_bytes(), capture_output=True, timeout=1800)
     assert piped.returncode == 0 and piped.stdout == (folder / 'text').read_bytes(), piped.stderr
 
 
@@ -150,7 +142,6 @@ EDGES = dict(
     empty=b'', one=b'x', two=b'ab', equal=b'\0' * 1500, all_bytes=bytes(range(256)) * 3,
     utf8='žluťoučký kůň 馬 🐎\n'.encode() * 40, noise=random.Random(1).randbytes(8000),
     mixed=make_text(4200) + random.Random(2).randbytes(4200))
-
 
 
 @pytest.mark.parametrize('name', EDGES)
@@ -221,55 +212,18 @@ def test_models_that_cannot_be_packed(folder):
     torch.save(checkpoint, folder / 'kind.pt')
     for name, message in (('nan.pt', 'not finite'), ('kind.pt', "does not cover models with mixer = 'masked'")):
         with pytest.raises(UserError, match=message):
-            compress.main(['pack', str(folder / name), str(folder / 'text'), str(folder / 'none'), QUIET])
+            run_here('compress.py', 'pack', folder / name, folder / 'text', folder / 'none', QUIET)
     assert not (folder / 'none').exists()
 
 
-# --- the format ---
-
-def golden_archive(path):
-    """An archive of a model made of hashed integers: no float chose anything in it."""
-    args = model_args(GPT(ModelConfig(block_size=24, n_layer=2, n_head=2, n_embd=16)))
-    tensors, at = {}, 0
-    for name, shape in weights.shapes(args).items():
-        n = int(np.prod(shape))
-        h = mix64(np.arange(at, at + n, dtype=np.uint64)).reshape(shape)
-        q = (h % np.uint64(15)).astype(np.int32) - 7
-        q[(h >> np.uint64(8)) % np.uint64(3) == 0] = 0
-        tensors[name], at = (q, np.full(shape[0], -9) if len(shape) == 2 else np.int64(-9)), at + n
-    tensors['norm.weight'] = np.full(16, 24, np.int32), np.int64(-9)
-    largest = dict(x1=8.0, a1=4.0, q=6.0, k=6.0, v=4.0, o=3.0, x2=9.0, a2=4.0, u=6.0, d=6.0)
-    seen = {f'{i}.{s}': [v, 1.0] for i in range(2) for s, v in largest.items()} | {'x': [9.0, 1.0], 'a': [4.0, 1.0]}
-    sites, wide = choose_sites(args, tensors, seen)
-    text = make_text(3000)
-    lanes = container.Lanes(exact.Exact(args, weights.with_scales(tensors), sites, wide), 7, 12, 10)
-    data, bits, _ = lanes.encode(np.frombuffer(text, np.uint8))
-    assert abs(8 * len(data) - bits) < 64
-    head = dict(bytes=3000, sha256=hashlib.sha256(text).hexdigest(), args=args, start_id=10, tokenizer='byte',
-                streams=7, keep=12, sites=sites, wide=wide, arithmetic=container.arithmetic_hash(args))
-    with container.Output(str(path)) as out:
-        section = weights.encode(tensors, args)
-        blocks = [(container.CODED, 3000, data, text)]
-        container.write_archive(out, container.TWO_PART, head, dict(wght=section), blocks)
-        out.commit()
-    return text, hashlib.sha256(section + data).hexdigest()[:16]
-
-
-def test_golden_archive(tmp_path):
-    """Another hash means a change of format or arithmetic: old archives no longer decode; raise container.VERSION."""
-    text, digest = golden_archive(tmp_path / 'golden')
-    assert digest == '675fcaf916a5e14c'
-    assert unpack(tmp_path / 'golden', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
-
-
 def test_info_and_verify(folder, capfd):
-    assert compress.main(['info', str(folder / 'archive')]) == 0
+    assert run_here('compress.py', 'info', folder / 'archive') == 0
     shown = capfd.readouterr().out
     assert 'two-part' in shown and 'per non-zero' in shown and 'bits per byte' in shown
-    assert compress.main(['verify', str(folder / 'archive'), str(folder / 'text'), QUIET]) == 0
+    assert run_here('compress.py', 'verify', folder / 'archive', folder / 'text', QUIET) == 0
     (folder / 'other').write_bytes(make_text(6000)[:-1] + b'!')
     with pytest.raises(UserError, match='decodes to something else'):
-        compress.main(['verify', str(folder / 'archive'), str(folder / 'other'), QUIET])
+        run_here('compress.py', 'verify', folder / 'archive', folder / 'other', QUIET)
 
 
 # --- damage ---
@@ -285,20 +239,29 @@ def damaged(raw, rng):
     return raw[:at] + bytes([raw[at] ^ rng.randint(1, 255)]) + raw[at + 1:]
 
 
-def test_fuzz(folder, tmp_path, monkeypatch):
-    """2,000 changes: each a UserError of one line, nothing left behind; ten as real processes: exit code 1."""
-    monkeypatch.setattr(configurator, 'knobs_of', functools.lru_cache(configurator.knobs_of))   # parse the source once
-    raw, rng = (folder / 'archive').read_bytes(), random.Random(4)
-    for i in range(2000):
+def test_fuzz(folder, tmp_path):
+    """2,000 changes: each a UserError of one line, nothing left behind."""
+    raw = (folder / 'archive').read_bytes()
+    rng = random.Random(4)
+    quiet = SimpleNamespace(**dict(compress.config, progress=False))
+    for _ in range(2000):
         (tmp_path / 'bad').write_bytes(damaged(raw, rng))
-        if i % 200 == 0:
-            done = run_script('compress.py', 'unpack', tmp_path / 'bad', tmp_path / 'out')
-            assert done.returncode == 1 and done.stderr.startswith('error: '), done.stderr
-            assert done.stderr.count('\n') == 1
-        else:
-            with pytest.raises(UserError) as e:
-                unpack(tmp_path / 'bad', tmp_path / 'out')
-            assert '\n' not in str(e.value)
+        with pytest.raises(UserError) as e:
+            compress.unpack(str(tmp_path / 'bad'), str(tmp_path / 'out'), quiet)
+        assert '\n' not in str(e.value)
+    assert os.listdir(tmp_path) == ['bad']
+
+
+@pytest.mark.slow
+def test_fuzz_as_a_program(folder, tmp_path):
+    """Ten changes: exit code 1 and one line."""
+    raw = (folder / 'archive').read_bytes()
+    rng = random.Random(5)
+    for _ in range(10):
+        (tmp_path / 'bad').write_bytes(damaged(raw, rng))
+        done = run_script('compress.py', 'unpack', tmp_path / 'bad', tmp_path / 'out')
+        assert done.returncode == 1 and done.stderr.startswith('error: '), done.stderr
+        assert done.stderr.count('\n') == 1
     assert os.listdir(tmp_path) == ['bad']
 
 
@@ -323,6 +286,13 @@ def test_forged_archives(folder, tmp_path, change, message):
     assert os.listdir(tmp_path) == ['bad']
 
 
+@pytest.mark.parametrize('change', [lambda h, s: h.pop('sha256'), lambda h, s: s.update(wght=s['wght'][:400])])
+def test_info_of_a_forged_archive(folder, tmp_path, change):
+    bad = rewrite(folder / 'archive', tmp_path / 'bad', change)
+    with pytest.raises(UserError, match='archive'):
+        run_here('compress.py', 'info', bad)
+
+
 def test_foreign_and_newer_files(folder, tmp_path):
     for raw, message in ((b'PK\x03\x04' * 9, 'not a nanoMDL archive'), (b'', 'not a nanoMDL'),
                          (b'nMDL\x07' + b'\0' * 20, 'version 7')):
@@ -333,118 +303,3 @@ def test_foreign_and_newer_files(folder, tmp_path):
         unpack(tmp_path / 'missing', tmp_path / 'out')
     with pytest.raises(UserError, match='cannot write'):
         unpack(folder / 'archive', tmp_path / 'no' / 'folder')
-
-
-# --- online ---
-
-def test_online_round_trip(tmp_path):
-    """Learned while coding, decoded stepwise in a fresh process; smaller than the text; info shows what it rests on."""
-    text = make_text(9000)
-    (tmp_path / 'text').write_bytes(text)
-    assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), *ONLINE]) == 0   # a process verifies
-    assert (tmp_path / 'arc').stat().st_size < 0.8 * len(text)
-    kind, head, *_ = sections_of(tmp_path / 'arc')
-    assert kind == container.ONLINE and head['fingerprint']['torch'] == torch.__version__
-
-    rewrite(tmp_path / 'arc', tmp_path / 'other', lambda h, s: h['fingerprint'].update(weights='', processor='another'))
-    with pytest.raises(UserError, match='another there'):
-        unpack(tmp_path / 'other', tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('block_type', ['mixer', 'multihead_mixer'])
-def test_mixers_learn_online(tmp_path, block_type):
-    """Mixers learn while they code as well; a window they cannot have is one line."""
-    text, flags = make_text(8000), ('--no-verify', *ONLINE, '--online_updates=3', f'--online_block_type={block_type}')
-    (tmp_path / 'text').write_bytes(text)
-    assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), *flags]) == 0
-    assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == text
-    _, head, table, *_ = sections_of(tmp_path / 'arc')
-    assert head['settings']['args']['block_type'] == block_type
-    assert table[0][0] == container.CODED and table[0][2] < 0.7 * len(text)
-    with pytest.raises(UserError, match='block_size = 33, a mixer\'s must be even'):
-        compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'odd'), *flags, '--online_window=33'])
-
-
-@pytest.mark.parametrize('raw', [b'', b'x', random.Random(3).randbytes(3001)], ids=['empty', 'one', 'noise'])
-def test_online_edge_cases(tmp_path, raw):
-    (tmp_path / 'text').write_bytes(raw)
-    assert compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '--no-verify', *ONLINE]) == 0
-    assert unpack(tmp_path / 'arc', tmp_path / 'out') == 0 and (tmp_path / 'out').read_bytes() == raw
-    assert (tmp_path / 'arc').stat().st_size <= 1.005 * len(raw) + 1000
-
-
-def test_online_resumes(tmp_path, monkeypatch):
-    """Coding and decoding that stop after a segment go on from the saved state to the same bytes."""
-    monkeypatch.setattr(online, 'SEGMENT_SYMBOLS', 1000)
-    text = make_text(4500)
-    (tmp_path / 'text').write_bytes(text)
-    make = ['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '-f', '--no-verify', *ONLINE]
-    assert compress.main(make) == 0
-    whole, saved = (tmp_path / 'arc').read_bytes(), f'--state={tmp_path / "state"}'
-    save = online.Session.save
-
-    def save_and_stop(session):
-        save(session)
-        if len(session.blocks) == 2:
-            raise KeyboardInterrupt
-
-    read = ['unpack', str(tmp_path / 'arc'), str(tmp_path / 'out'), QUIET]
-    for command, result, want in ((make, 'arc', whole), (read, 'out', text)):
-        monkeypatch.setattr(online.Session, 'save', save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            compress.main([*command, saved])
-        assert (tmp_path / 'state').exists()
-        monkeypatch.setattr(online.Session, 'save', save)
-        with pytest.raises(UserError, match='belongs to another file'):
-            compress.main([*make, saved, '--online_seed=5'])
-        assert compress.main([*command, saved]) == 0 and not (tmp_path / 'state').exists()
-        assert (tmp_path / result).read_bytes() == want
-
-
-def press(monkeypatch, block, times=1):
-    """Press Ctrl-C while the given block of an online archive (from 1) is learned."""
-    real, learned = online.Learner.learn, []
-
-    def learn(*args):
-        learned.append(args)
-        for _ in range(times if len(learned) == block else 0):
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-    monkeypatch.setattr(online.Learner, 'learn', learn)
-
-
-@pytest.mark.parametrize('block', (1, 7, 20))
-def test_ctrl_c_saves_the_state_of_online_coding(tmp_path, monkeypatch, capsys, block):
-    """Coding and decoding: the segment is finished and saved, a line says how to go on, the bytes are the same."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(online, 'SEGMENT_SYMBOLS', 1000)
-    text, state = make_text(4500), tmp_path / 'state'
-    (tmp_path / 'text').write_bytes(text)
-    make = ['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), '--no-verify', *ONLINE]
-    assert compress.main(make) == 0
-    whole = (tmp_path / 'arc').read_bytes()
-    os.remove(tmp_path / 'arc')
-    read = ['unpack', str(tmp_path / 'arc'), str(tmp_path / 'out'), QUIET]
-    for command, result, want in ((make, 'arc', whole), (read, 'out', text)):
-        with monkeypatch.context() as patch:
-            press(patch, block)
-            with pytest.raises(SystemExit) as left:
-                compress.main([*command, f'--state={state}'])
-        shown = capsys.readouterr().err
-        assert left.value.code == 85 and state.exists() and not (tmp_path / result).exists()
-        assert 'of 4,500 bytes; the same command goes on' in shown and str(state) in shown
-        assert sorted(p.name for p in tmp_path.iterdir() if '.tmp' in p.name) == []
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert compress.main([*command, f'--state={state}']) == 0 and not state.exists()
-        assert (tmp_path / result).read_bytes() == want
-
-
-def test_a_second_ctrl_c_leaves_online_coding_at_once(tmp_path, monkeypatch):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    (tmp_path / 'text').write_bytes(make_text(4500))
-    press(monkeypatch, 2, times=2)
-    with pytest.raises(KeyboardInterrupt):
-        compress.main(['online', str(tmp_path / 'text'), str(tmp_path / 'arc'), f'--state={tmp_path / "state"}',
-                       *ONLINE])
-    assert sorted(os.listdir(tmp_path)) == ['text']

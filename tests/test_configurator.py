@@ -1,8 +1,9 @@
 """configurator.py: knobs from a script's source, config files and flags; mistakes end in one line with the cure."""
+import os
 import signal
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import configurator
 from configurator import UserError, configure, knobs_of, require
@@ -112,6 +113,30 @@ def test_config_file_that_is_not_text_is_one_line(script, tmp_path):
             configure(script, [str(path)])
 
 
+def test_a_config_that_has_moved_is_named_with_its_new_place(script, monkeypatch):
+    """A command of an older README says what to type today, from any working folder; docs/names.md knows."""
+    monkeypatch.chdir(ROOT)
+    for path in ('config/metadata_url.py', os.path.join(ROOT, 'config', 'metadata_url.py')):
+        with pytest.raises(UserError) as e:
+            configure(script, [path])
+        assert str(e.value).startswith(f"config file '{path}' does not exist; it is now config/")
+    with pytest.raises(UserError, match='does not exist; shipped ones are in config/'):
+        configure(script, ['config/other_old.py'])
+
+
+def test_a_knob_that_is_gone_may_stay_at_its_old_default(script, tmp_path, monkeypatch):
+    """An older config sets it to what is now always done; another value needs an answer, not a guess."""
+    monkeypatch.setitem(configurator.RETIRED, 'gone', (0.5, 'use seed'))
+    monkeypatch.setitem(configurator.RETIRED, 'switch', (False, 'use seed'))
+    assert 'switch' not in configure(script, ['--no-switch', '--switch=0'])
+    with pytest.raises(UserError, match='switch = True is no knob any more'):
+        configure(script, ['--switch'])
+    assert 'gone' not in configure(script, ['--gone=0.5', config(tmp_path, 'gone = 0.5\n')])
+    for argument in ('--gone=0.25', config(tmp_path, 'gone = 0.25\n')):
+        with pytest.raises(UserError, match='gone = 0.25 is no knob any more .*0.5.*; use seed'):
+            configure(script, [argument])
+
+
 def test_modules_and_private_names_may_stay_behind(script, tmp_path):
     """A config may import and compute with _names without those counting as unknown knobs."""
     assert configure(script, [config(tmp_path, 'import math\n_x = 4\nepochs = math.sqrt(_x)\n')])['epochs'] == 2.0
@@ -205,3 +230,35 @@ def test_an_imported_script_keeps_its_defaults(tmp_path, monkeypatch):
     path.write_text('seed = 1\n')
     monkeypatch.setattr('sys.argv', ['pytest', '--seed=3'])
     assert configurator.configure(dict(__file__=str(path), __doc__='', __name__='script')) == dict(seed=1)
+
+
+# --- knobs of earlier versions ---
+
+@pytest.mark.parametrize('argument', ('--no-decoupled', '--decoupled=False', '--decoupled=0', 'decoupled = False',
+                                      '--tokens_per_second=0', 'tokens_per_second = 0.0'))
+def test_a_retired_knob_at_its_last_value_is_dropped(argument, script, tmp_path):
+    """An older config or command sets it to what is now always done."""
+    values = configure(script, [argument if argument.startswith('--') else config(tmp_path, argument)])
+    assert values == knobs_of(script['__file__'])[0]
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('--decoupled', 'command line: decoupled = True is no knob any more'),
+    ('--decoupled=yes', 'command line: decoupled = True is no knob any more'),
+    ('decoupled = True', 'c.py: decoupled = True is no knob any more'),
+    ('--tokens_per_second=1e5', 'tokens_per_second = 100000.0 is no knob any more'),
+    ('tokens_per_second = 5', 'tokens_per_second = 5 is no knob any more')])
+def test_a_retired_knob_at_another_value_is_refused_by_name(argument, words, script, tmp_path):
+    """What it did is not done any more: dropping it in silence would be another run than the one asked for."""
+    with pytest.raises(UserError, match=words) as e:
+        configure(script, [argument if argument.startswith('--') else config(tmp_path, argument)])
+    name = words.split(': ')[-1].split(' = ')[0]
+    assert '\n' not in str(e.value) and str(e.value).endswith(configurator.RETIRED[name][1])
+
+
+def test_every_retired_knob_is_gone_and_says_what_to_do():
+    """A name on the list that a script still has would be set by flags and dropped by configs."""
+    import train
+    for name, (last, instead) in configurator.RETIRED.items():
+        assert name not in knobs_of(train.__file__)[0] and instead
+        assert configurator.coerce(name, last, last, 'here') == last

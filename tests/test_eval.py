@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from conftest import make_text, run_here, run_script, write_dataset
 
-import runs
 import score as scoring
 from codec import container as archive_file
 from configurator import UserError
 from corpus import bins
+from corpus.bins import write_json
 from corpus.data import open_split
 from model import ModelConfig, make, model_args
+from training.checkpoint import save_checkpoint
+from training.folder import read_run
+from training.process import rss_anon_bytes
 
 T = 16
 N_TEST = 777                                    # bytes of conftest's test split: not a multiple of T
@@ -39,7 +42,7 @@ def save(folder, spoil=None, dataset='toy', tokenizer='byte', seed=1, **options)
             spoil(model)
     os.makedirs(folder, exist_ok=True)
     facts = dict(dataset=dataset, sha256='', start_id=10, tokenizer=tokenizer)
-    runs.save_checkpoint(os.path.join(folder, 'ckpt.pt'), dict(
+    save_checkpoint(os.path.join(folder, 'ckpt.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={}, config={}, data=facts))
     return str(folder), model
 
@@ -262,7 +265,7 @@ def test_description_lengths_are_model_plus_data(toy, tmp_path):
     def prune(model):
         model.embed.weight[:, :5] = 0
     path, model = save(tmp_path / 'm', prune)
-    runs.write_json(os.path.join(path, 'run.json'), dict(online_description_length_bytes=4321))
+    write_json(os.path.join(path, 'run.json'), dict(online_description_length_bytes=4321))
     test, train = score(toy, tmp_path, f'--from_ckpt={path}', '--description_length')
     n = sum(p.numel() for p in model.parameters())
     nonzeros = n - 256 * 5
@@ -423,7 +426,7 @@ def test_interval_is_the_bootstrap_over_documents(tmp_path):
     run_here('eval.py', f'--from_ckpt={path}', f'--data_dir={tmp_path}', f'--out={tmp_path / "out"}', '--device=cpu',
              '--bootstrap=500')
     folder = next(p for p in (tmp_path / 'out').iterdir())
-    row = runs.read_run(str(folder))['rows'][0]
+    row = read_run(str(folder))['rows'][0]
     data = open_split(str(tmp_path), 'toy', 'test')
     x, y = data.gather(list(range(0, data.n_tokens, T)), T)
     with torch.no_grad():
@@ -464,7 +467,7 @@ def test_a_mixture_is_evaluated_on_its_own_sets(tmp_path):
         write_dataset(str(tmp_path), name)
     path, _ = save(tmp_path / 'run', dataset='a:0.5,b:0.5')
     run_here('eval.py', f'--from_ckpt={path}', f'--data_dir={tmp_path}', f'--out={tmp_path / "out"}', '--device=cpu')
-    rows = runs.read_run(str(next((tmp_path / 'out').iterdir())))['rows']
+    rows = read_run(str(next((tmp_path / 'out').iterdir())))['rows']
     assert [r['data'] for r in rows] == ['a/test', 'b/test']
 
 
@@ -485,11 +488,11 @@ def test_memory_is_flat_in_the_number_of_tokens(tmp_path):
         data = bins.Bin(np.memmap(path, np.uint8, 'r'), 2, start_id=10, tokenizer='gpt2', text_bytes=n_tokens)
         y_in_vocabulary = data.gather
         data.gather = lambda starts, n, get=y_in_vocabulary: tuple(np.where(a > 1, 1, a) for a in get(starts, n))
-        before, peak = runs.rss_anon_bytes(), [0]
+        before, peak = rss_anon_bytes(), [0]
 
         def watch(done=done, peak=peak):
             while not done.is_set():
-                peak[0] = max(peak[0], runs.rss_anon_bytes())
+                peak[0] = max(peak[0], rss_anon_bytes())
                 time.sleep(0.01)
         thread = threading.Thread(target=watch)
         thread.start()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import run_here
 
-import runs
 import sparse
 from codec.container import read_archive
 from corpus.data import open_split
 from training.checkpoint import load_checkpoint, load_model
+from training.folder import read_run
 
 transformers = pytest.importorskip('transformers')
 WORDS = 'the model weighs nothing until a byte of its text has been paid for in bits and every zero is free'.split()
@@ -49,7 +49,7 @@ def there(place, monkeypatch):
 
 def trained(script, out, *flags):
     assert run_here(script, f'--out_dir=out/{out}', '--dataset=bpe', *SHAPE, *STEPS, *flags) == 0
-    return runs.read_run(f'out/{out}'), load_checkpoint(f'out/{out}')
+    return read_run(f'out/{out}'), load_checkpoint(f'out/{out}')
 
 
 def test_truncate_pretrain_distil_finetune_evaluate_export(place, capsys):
@@ -104,7 +104,7 @@ def test_a_sparse_gpt2_is_packed(place):
     run_here('prune.py', '--from_ckpt=out/two', '--method=magnitude', '--sparsity=0.6', '--out_dir=out/two-sparse',
              '--device=cpu')
     trained('train.py', 'packed', '--n_layer=2', '--init_from=out/two-sparse', '--max_iters=60', '--learning_rate=1e-2')
-    assert runs.read_run('out/packed')['sparsity'] > 0.5
+    assert read_run('out/packed')['sparsity'] > 0.5
     run_here('runs.py', 'export', 'out/packed', 'out/packed-hf')
     for model in ('out/packed/ckpt.pt', 'out/packed-hf'):
         assert run_here('compress.py', 'pack', model, 'text.txt', 'archive', '--tokenizer=tiny/tokenizer.json',

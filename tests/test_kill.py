@@ -5,7 +5,7 @@ import pytest
 import torch
 from kill_test import N_STEPS, differences, interrupt_test, kill_test, online_test
 
-import runs
+from training.checkpoint import save_checkpoint
 
 
 @pytest.mark.timeout(400)
@@ -32,7 +32,7 @@ def test_ctrl_c_while_coding_with_a_state(tmp_path):
 def fake_run(folder, theta, steps=range(1, N_STEPS + 1), loss='1.0', moment=0.5):
     os.mkdir(folder)
     for name in ('ckpt.pt', 'best.pt'):
-        runs.save_checkpoint(str(folder / name), dict(
+        save_checkpoint(str(folder / name), dict(
             model=dict(a=torch.tensor(theta)), train_seconds=len(str(folder)), config=dict(init_from=str(folder)),
             optimizer=dict(state={0: dict(exp_avg=torch.tensor([moment]))})))
     rows = ''.join(f'main,0,{step},{loss},{step * len(folder.name)}\n' for step in steps)

@@ -5,16 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_here, same, torchrun
-from test_train import losses_of
+from conftest import TINY, losses_of, run_here, same, torchrun
 
-import runs
-import train
 from configurator import UserError
 from corpus.bins import Bin
 from corpus.objectives import Objective
 from model import Mixer, ModelConfig, Triangles, build, flops_per_token, make, model_args, n_parameters
-from training.checkpoint import load_encoder
+from training.checkpoint import load_checkpoint, load_encoder, save_checkpoint
+from training.folder import read_run
 
 MIXER = dict(block_size=32, n_embd=32, n_layer=2, n_head=4, positions='none', final_norm=False, block_type='mixer')
 KINDS = [dict(block_type=b, kernel=k, expansion=e) for b, k, e in itertools.product(
@@ -218,7 +216,7 @@ def test_rows_of_another_length():
 def test_encoders_of_checkpoints(tmp_path):
     """An autoencoder's encoder, or a language model without its head; another width or shape is refused."""
     def save(net):
-        runs.save_checkpoint(str(tmp_path / 'c.pt'), dict(model=net.state_dict(), model_args=model_args(net), masks={}))
+        save_checkpoint(str(tmp_path / 'c.pt'), dict(model=net.state_dict(), model_args=model_args(net), masks={}))
         return str(tmp_path / 'c.pt')
     target, x = model(3, **WITH['oracle']), ids()
     for source in (model(1, **WITH['autoencoder']), model(2)):
@@ -255,51 +253,55 @@ def test_training_evaluating_pruning(train_tiny, tmp_path, name):
     """Every kind through train.py with PMMP and TAMADE, eval.py (the same test loss), prune.py."""
     train_tiny(*SMALL, *JOBS[name], '--procedure=pmmp', '--alpha=1e-4', '--initial_u_value=0.1', '--max_iters=12',
                '--do_pruning', '--tolerated_relative_loss_increase=0.05', '--epochs_fine_tuning=0.05')
-    found = runs.read_run(str(tmp_path / 'run'))
+    found = read_run(str(tmp_path / 'run'))
     assert found['status'] == 'done' and 0 < found['non_zero_params'] < found['n_params'] and found['epsilon'] > 0
     half = found['tokens_seen'] / found['step'] / 256
     assert half == {'combined': 0.5, 'blank': 0.5}.get(name, 1.0) or name == 'combined' and 0.5 < half < 1
-    args = runs.load_checkpoint(str(tmp_path / 'run'))
-    run_here('eval.py', f'--from_ckpt={tmp_path / "run"}', f'--data_dir={args["config"]["data_dir"]}', '--device=cpu',
+    args = load_checkpoint(str(tmp_path / 'run'))
+    data_dir = args['config']['data_dir']
+    run_here('eval.py', f'--from_ckpt={tmp_path / "run"}', f'--data_dir={data_dir}', '--device=cpu',
              f'--out={tmp_path}')
-    row, = runs.read_run(str(next(tmp_path.glob('eval-*'))))['rows']
+    row, = read_run(str(next(tmp_path.glob('eval-*'))))['rows']
     assert row['loss_nats'] == pytest.approx(found['mean_test_loss'], abs=1e-6)
     run_here('prune.py', f'--from_ckpt={tmp_path / "run"}', f'--out_dir={tmp_path / "pruned"}', '--method=magnitude',
-             '--sparsity=0.5', f'--data_dir={args["config"]["data_dir"]}')
-    assert runs.read_run(str(tmp_path / 'pruned'))['sparsity'] >= 0.45
+             '--sparsity=0.5', f'--data_dir={data_dir}')
+    assert read_run(str(tmp_path / 'pruned'))['sparsity'] >= 0.45
 
 
-def test_ranks_and_resuming(toy, tmp_path):
+@pytest.mark.slow
+def test_ranks_and_resuming(toy, tmp_path, monkeypatch):
     """A memory mixer with PMMP: one process, DDP and FSDP2 have the same losses; stopped and resumed, the same bits."""
     flags = [*TINY, f'--data_dir={toy}', '--dataset=toy', *SMALL, *JOBS['memory'], '--procedure=pmmp', '--alpha=1e-4',
              '--initial_u_value=0.1', '--max_iters=10', '--final_train_blocks=0', '--eval_blocks=4', '--grad_clip=1']
-    train.main([*flags, f'--out_dir={tmp_path / "one"}'])
+    run_here('train.py', *flags, f'--out_dir={tmp_path / "one"}')
     for shard in ('', 'full'):
         done = torchrun(2, 'train.py', *flags, f'--shard={shard}', f'--out_dir={tmp_path / ("two" + shard)}')
         assert done.returncode == 0, done.stderr[-2000:]
         two, one = ([float(row['loss_nats']) for row in losses_of(tmp_path / n)] for n in (f'two{shard}', 'one'))
         assert len(one) == 10 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
     part = [*flags, f'--out_dir={tmp_path / "part"}']
-    train.main([*part, '--max_runtime=1e-9'])
-    assert runs.read_run(str(tmp_path / 'part'))['status'] == 'paused'
-    train.main([*part, '--init_from=resume'])
-    a, b = (runs.load_checkpoint(str(tmp_path / name)) for name in ('one', 'part'))
+    with monkeypatch.context() as patch:
+        patch.setenv('NANOMDL_STOP_AT_STEP', '1')
+        assert run_here('train.py', *part) == 85
+    assert read_run(str(tmp_path / 'part'))['status'] == 'paused'
+    run_here('train.py', *part, '--init_from=resume')
+    a, b = (load_checkpoint(str(tmp_path / name)) for name in ('one', 'part'))
     assert all(same(a[key], b[key]) for key in ('model', 'optimizer', 'procedure'))
 
 
 def test_frozen_encoders_and_the_curriculum(train_tiny, tmp_path):
     """An encoder that is given and frozen keeps its bits; a copying run goes on as a language model (init_from)."""
     train_tiny(*SMALL, *JOBS['autoencoder'][:2], '--max_iters=3')
-    encoder = runs.load_checkpoint(str(tmp_path / 'run'))['model']
+    encoder = load_checkpoint(str(tmp_path / 'run'))['model']
     train_tiny(*SMALL, *JOBS['oracle'], '--max_iters=3', f'--encoder_ckpt={tmp_path / "run"}', '--freeze_encoder',
                out='frozen')
-    after = runs.load_checkpoint(str(tmp_path / 'frozen'))
+    after = load_checkpoint(str(tmp_path / 'frozen'))
     kept = [n for n in encoder if n.startswith('encoder.')]
     assert kept and all(torch.equal(encoder[n], after['model'][n]) for n in kept)
-    assert runs.read_run(str(tmp_path / 'frozen'))['non_zero_params'] > sum(encoder[n].numel() for n in kept)
+    assert read_run(str(tmp_path / 'frozen'))['non_zero_params'] > sum(encoder[n].numel() for n in kept)
     train_tiny(*SMALL, *JOBS['blank'], '--max_iters=2', out='copy')
     train_tiny(*SMALL, *JOBS['memory'], '--max_iters=2', f'--init_from={tmp_path / "copy"}', out='next')
-    assert runs.read_run(str(tmp_path / 'next'))['parent']['path'].startswith(str(tmp_path / 'copy'))
+    assert read_run(str(tmp_path / 'next'))['parent']['path'].startswith(str(tmp_path / 'copy'))
     with pytest.raises(UserError, match="cannot resume: objective = 'memory', the checkpoint has 'blank_copy'"):
         train_tiny(*SMALL, *JOBS['memory'], '--max_iters=4', '--init_from=resume', out='copy')
     with pytest.raises(UserError, match='freeze_encoder: this model has no encoder'):
@@ -314,5 +316,5 @@ def test_narrow_floats(train_tiny, tmp_path, name, dtype):
     """Under autocast, with float16's scaler too, the losses stay near those of float32."""
     for out, flags in (('wide', ()), ('narrow', (f'--dtype={dtype}',))):
         train_tiny(*SMALL, *JOBS[name], '--max_iters=6', '--final_train_blocks=0', '--eval_blocks=4', *flags, out=out)
-    wide, narrow = (runs.read_run(str(tmp_path / out))['final_train_loss'] for out in ('wide', 'narrow'))
+    wide, narrow = (read_run(str(tmp_path / out))['final_train_loss'] for out in ('wide', 'narrow'))
     assert wide != narrow and abs(wide - narrow) < 0.01

@@ -12,17 +12,8 @@ import model as model_module
 import score
 from configurator import UserError
 from corpus.bins import Bin
-from model import (
-    GPT,
-    SIZES,
-    ModelConfig,
-    build,
-    config_from_knobs,
-    flops_per_token,
-    model_args,
-    n_parameters,
-    optimizer_groups,
-)
+from model import GPT, SIZES, ModelConfig, build, config_from_knobs, flops_per_token, model_args, n_parameters
+from training.optim import adamw_groups
 
 OPTIONS = [dict(), dict(positions='learned'), dict(positions='rotary'),
            dict(positions='rotary', qk_norm=True, norm='rmsnorm', activation='relu2',
@@ -168,13 +159,13 @@ def test_tied_head_is_one_parameter_and_survives_saving():
     again.load_state_dict(net.state_dict())
     assert again.head.weight is again.embed.weight
     assert n_parameters(net.config) == sum(p.numel() for p in net.parameters())
-    groups = optimizer_groups(list(net.parameters()), 0.1)
+    groups = adamw_groups(list(net.parameters()), 0.1)
     assert sum(len(g['params']) for g in groups) == len(list(net.parameters()))
 
 
 def test_only_matrices_and_embeddings_decay():
     """Weight decay on biases and norm gains pulls gains to zero."""
-    decay, rest = optimizer_groups(list(tiny().parameters()), 0.1)
+    decay, rest = adamw_groups(list(tiny().parameters()), 0.1)
     assert decay['weight_decay'] == 0.1 and rest['weight_decay'] == 0.0
     assert all(p.dim() >= 2 for p in decay['params']) and all(p.dim() < 2 for p in rest['params'])
 

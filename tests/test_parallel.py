@@ -8,11 +8,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, same, torchrun
+from conftest import ROOT, TINY, run_here, same, torchrun
 from test_train import losses_of, weights_of
 
-import runs
 import train
+from configurator import UserError
+from training.checkpoint import load_checkpoint, load_model
+from training.folder import read_run, read_status
 
 PROCEDURES = dict({p: (f'--procedure={p}',) for p in ('vanilla', 'rl1', 'drr', 'pmmp')},
                   lean=('--procedure=pmmp', '--pmmp_state=lean'),
@@ -88,14 +90,14 @@ def test_one_process_ddp_and_fsdp2_have_the_same_losses(name, jobs):
     one, parts = weights_of(jobs / f'one-{name}'), weights_of(jobs / f'fsdp-{name}')
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in parts.items()}
     assert max(float((one[n] - parts[n]).abs().max()) for n in one) < 3e-3  # Adam amplifies a last bit
-    a, b = (runs.read_run(jobs / f'{m}-{name}') for m in ('one', 'fsdp'))
+    a, b = (read_run(jobs / f'{m}-{name}') for m in ('one', 'fsdp'))
     assert a['n_params'] == b['n_params'] and abs(a['final_val_loss'] - b['final_val_loss']) < 1e-4
 
 
 def test_a_rank_holds_half(jobs):
     """w, gamma, u and their moments are the larger part of PMMP's state: sharded like the weights."""
-    ddp, parts = (runs.read_run(jobs / f'{m}-pmmp')['held_bytes_per_rank'] for m in ('ddp', 'fsdp'))
-    n = runs.read_run(jobs / 'ddp-pmmp')['n_params']
+    ddp, parts = (read_run(jobs / f'{m}-pmmp')['held_bytes_per_rank'] for m in ('ddp', 'fsdp'))
+    n = read_run(jobs / 'ddp-pmmp')['n_params']
     assert ddp > 40 * n and 0.5 <= parts / ddp < 0.52
 
 
@@ -107,9 +109,9 @@ def test_a_tied_head_and_uneven_rows(jobs):
 
 def test_pruning_sees_the_whole_model(jobs):
     """Thresholds, counts and masks of one rank's rows."""
-    one, parts = (runs.read_run(jobs / f'{m}-prune') for m in ('one', 'fsdp'))
+    one, parts = (read_run(jobs / f'{m}-prune') for m in ('one', 'fsdp'))
     assert parts['n_prunings'] == 1 and abs(one['epsilon'] - parts['epsilon']) < 1e-4
-    saved = runs.load_checkpoint(str(jobs / 'fsdp-prune'))
+    saved = load_checkpoint(str(jobs / 'fsdp-prune'))
     nonzero = sum(int(torch.count_nonzero(t)) for n, t in saved['model'].items())
     assert parts['non_zero_params'] == nonzero < 0.9 * parts['n_params']
     assert all(m.dtype == torch.bool and (saved['model'][n][~m] == 0).all() for n, m in saved['masks'].items())
@@ -127,23 +129,23 @@ def test_a_checkpoint_of_any_mode_continues_in_any_other(origin, to, jobs):
 
 def test_sharded_checkpoints_continue_everywhere_and_convert(jobs, tmp_path):
     """A folder that only as many ranks can read, or whose parts are put together in another order."""
-    assert not (jobs / 'parts-cut' / 'ckpt.pt').exists() and runs.read_status(str(jobs / 'parts-cut')) == 'paused'
+    assert not (jobs / 'parts-cut' / 'ckpt.pt').exists() and read_status(str(jobs / 'parts-cut')) == 'paused'
     for m in MODES:
         assert difference(jobs / 'one-prune', jobs / f'parts-to-{m}') < 5e-2            # pruned at another last bit
         assert losses_of(jobs / f'parts-to-{m}')[:25] == losses_of(jobs / 'parts-cut')[:25]
     folder = str(jobs / 'parts-to-fsdp' / 'ckpt.sharded')
-    assert runs.main(['convert', folder, str(tmp_path / 'ckpt.pt')]) is None
-    whole, parts = runs.load_checkpoint(str(tmp_path / 'ckpt.pt')), runs.load_checkpoint(folder)
+    assert run_here('runs.py', 'convert', folder, str(tmp_path / 'ckpt.pt')) is None
+    whole, parts = load_checkpoint(str(tmp_path / 'ckpt.pt')), load_checkpoint(folder)
     assert same({**whole, 'versions': 0, 'commit': 0}, {**parts, 'versions': 0, 'commit': 0})
-    model, _ = runs.load_model(str(jobs / 'parts-to-fsdp'))
+    model, _ = load_model(str(jobs / 'parts-to-fsdp'))
     assert same(dict(model.state_dict()), whole['model']) and whole['masks'] and whole['step'] == 50
     os.remove(os.path.join(folder, 'rest.pt'))
-    with pytest.raises(runs.UserError, match='cut short'):
-        runs.load_checkpoint(folder)
+    with pytest.raises(UserError, match='cut short'):
+        load_checkpoint(folder)
 
 
 def test_sharding_needs_torchrun(train_tiny):
-    with pytest.raises(runs.UserError, match='needs torchrun'):
+    with pytest.raises(UserError, match='needs torchrun'):
         train_tiny('--shard=full')
-    with pytest.raises(runs.UserError, match=r'\(1\) cpu_offload .* \(2\) sharded_ckpt '):
+    with pytest.raises(UserError, match=r'\(1\) cpu_offload .* \(2\) sharded_ckpt '):
         train_tiny('--cpu_offload', '--sharded_ckpt')

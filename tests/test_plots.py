@@ -8,9 +8,10 @@ import pytest
 from conftest import run_here, run_script
 
 import plots
-import runs
 from configurator import UserError
+from corpus.bins import write_json
 from training import curves
+from training.folder import read_run
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -27,7 +28,7 @@ def make_run(folder, bits=4.0, model_bytes=5000, nonzeros=10, log=True, prunings
                   model_byte_size=4 * nonzeros, non_zero_params=nonzeros, bits_est_bytes=model_bytes,
                   data=dict(dataset='toy', sha256='5' * 64), parent={}, flops_per_token=60, batch_size=10,
                   seq_length=100)
-    runs.write_json(os.path.join(folder, 'run.json'), record | more)
+    write_json(os.path.join(folder, 'run.json'), record | more)
     if log:
         with open(os.path.join(folder, 'train_loss.csv'), 'w', encoding='utf-8') as f:
             f.write('phase,epoch,step,tokens,loss_nats,lr,grad_norm,grad_norm_penalised,nonzeros,seconds\n')
@@ -65,7 +66,7 @@ def sweep(tmp_path):
 
 def points_of(folder, size='bits_est'):
     folders = [str(p.parent) for p in sorted(folder.glob('*/run.json'))]
-    found = [plots.read_point(runs.read_run(p), None, size) for p in folders]
+    found = [plots.read_point(read_run(p), None, size) for p in folders]
     return [p for p in found if p]
 
 
@@ -141,9 +142,9 @@ def test_runs_of_before_have_no_cost_and_that_is_said(tmp_path, capsys):
         rows = [line.rpartition(',')[0] for line in f]
     with open(table, 'w', encoding='utf-8') as f:
         f.write('\n'.join(rows) + '\n')
-    record = runs.read_run(old)
+    record = read_run(old)
     del record['flops_per_token']
-    runs.write_json(os.path.join(old, 'run.json'), record)
+    write_json(os.path.join(old, 'run.json'), record)
     assert run_here('plots.py', old, new, f'--plot_dir={tmp_path / "fig"}', '--dpi=40', '--x=flops,wallclock') == 0
     printed = capsys.readouterr().out
     for part in ('flops', 'wallclock'):
@@ -225,20 +226,20 @@ def test_pruned_runs_belong_to_their_origin_and_evaluations_fill_in(tmp_path, ca
     make_run(pruned, log=False, alpha=None, procedure='pmmp', method='tamade', train_bits_per_byte=None,
              parent=dict(path=os.path.join(parent, 'ckpt.pt')))
     tuned = make_run(tmp_path / 'p' / 'tuned', log=False, parent=dict(path=str(pruned / 'ckpt.pt')))
-    assert plots.origin(runs.read_run(tuned))['alpha'] == 1e-3
-    assert plots.read_point(runs.read_run(str(pruned)), None, 'bits_est') is None
+    assert plots.origin(read_run(tuned))['alpha'] == 1e-3
+    assert plots.read_point(read_run(str(pruned)), None, 'bits_est') is None
     row = dict(from_ckpt=str(pruned), split='train', dataset='toy', sha256='5' * 64, n_params=100, nonzeros=30,
                nnz4_bytes=120, bits_est_bytes=77, data_bytes=12_500, bits_per_byte=1.0)
-    p = plots.read_point(runs.read_run(str(pruned)), row, 'bits_est')
+    p = plots.read_point(read_run(str(pruned)), row, 'bits_est')
     assert (p.kind, p.alpha, p.total, p.n_bytes) == ('pmmp', 1e-3, 12_577, N)
     scored = tmp_path / 'p' / 'eval-1'
     scored.mkdir()
     of_pairs = dict(from_ckpt=str(pruned), data='meta', type='url', pieces='all')      # such rows are of no split
-    runs.write_json(scored / 'run.json', dict(run_id='eval-1', first_token='score', max_tokens=0,
+    write_json(scored / 'run.json', dict(run_id='eval-1', first_token='score', max_tokens=0,
                                               rows=[row, of_pairs]))
     run_here('plots.py', str(tmp_path / 'p' / '*'), f'--plot_dir={tmp_path / "fig"}', '--dpi=40')
     assert 'left out' not in capsys.readouterr().out
-    runs.write_json(scored / 'run.json', dict(run_id='eval-1', first_token='score', max_tokens=500, rows=[row]))
+    write_json(scored / 'run.json', dict(run_id='eval-1', first_token='score', max_tokens=500, rows=[row]))
     run_here('plots.py', str(tmp_path / 'p' / '*'), f'--plot_dir={tmp_path / "fig"}', '--dpi=40')
     assert 'left out of size and alpha: pruned' in capsys.readouterr().out     # a part of the split is no length of it
 
@@ -313,9 +314,9 @@ def make_experiment(out, protocol=PROTOCOL):
             scored += [dict(from_ckpt=f'{path}/ckpt.pt' if seed else path, data=f'{part}/test', split='test',
                             loss_nats=value * 10 + seed + (part == 'y')) for part in ('x', 'y')]
     os.makedirs(out / 'diversity')
-    runs.write_json(out / 'diversity' / 'run.json', dict(run_id='diversity', protocol=protocol, rows=rows))
+    write_json(out / 'diversity' / 'run.json', dict(run_id='diversity', protocol=protocol, rows=rows))
     os.makedirs(out / 'eval-1')
-    runs.write_json(out / 'eval-1' / 'run.json', dict(run_id='eval-1', rows=scored, first_token='score'))
+    write_json(out / 'eval-1' / 'run.json', dict(run_id='eval-1', rows=scored, first_token='score'))
 
 
 def test_diversity_figure_joins_runs_to_the_sets_they_were_trained_on(tmp_path):
@@ -335,7 +336,7 @@ def test_diversity_figure_joins_runs_to_the_sets_they_were_trained_on(tmp_path):
 def test_diversities_of_two_protocols_are_refused(tmp_path):
     make_experiment(tmp_path / 'out')
     os.makedirs(tmp_path / 'out' / 'other')
-    runs.write_json(tmp_path / 'out' / 'other' / 'run.json', dict(run_id='other', protocol=dict(PROTOCOL, seed=1)))
+    write_json(tmp_path / 'out' / 'other' / 'run.json', dict(run_id='other', protocol=dict(PROTOCOL, seed=1)))
     with pytest.raises(UserError, match='2 protocols cannot share a figure: diversity, other'):
         run_here('plots.py', f'--out={tmp_path / "out"}', f'--plot_dir={tmp_path / "plots"}')
 

@@ -1,5 +1,4 @@
-"""prune.py, lab/bench.py as scripts: measured sparsity, exact counts, masks that later training holds, refusals."""
-import json
+"""prune.py as a script: measured sparsity, exact counts, masks that later training holds, refusals."""
 import os
 
 import pytest
@@ -7,13 +6,13 @@ import torch
 from conftest import OneProcess, run_here, snapshot
 
 import prune
-import runs
 import score
 import sparse
 from configurator import UserError
 from corpus.data import open_split
-from lab import bench
-from model import GPT, ModelConfig, flops_per_token, model_args, n_parameters
+from model import GPT, ModelConfig, model_args, n_parameters
+from training.checkpoint import load_checkpoint, load_model, save_checkpoint
+from training.folder import read_run
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def trained(train_tiny, tmp_path):
 def pruned(trained, tmp_path, toy, *flags, out='pruned'):
     run_here('prune.py', f'--from_ckpt={trained}', f'--out_dir={tmp_path / out}', f'--data_dir={toy}', '--device=cpu',
              *flags)
-    return runs.load_checkpoint(str(tmp_path / out)), runs.read_run(str(tmp_path / out))
+    return load_checkpoint(str(tmp_path / out)), read_run(str(tmp_path / out))
 
 
 def zeros(checkpoint, names):
@@ -56,7 +55,7 @@ def test_tamade_respects_delta(trained, tmp_path, toy):
 def test_gamma_keeps_what_gamma_says(trained, tmp_path, toy):
     """γ < ½ is the rule of --method=gamma, weight by weight."""
     checkpoint, _ = pruned(trained, tmp_path, toy, '--method=gamma', '--no-sweep_dead_units')
-    gamma = runs.load_checkpoint(trained)['procedure']['gamma']
+    gamma = load_checkpoint(trained)['procedure']['gamma']
     assert any((g < 0.5).any() for g in gamma.values())
     assert all(torch.equal(checkpoint['masks'][n], g >= 0.5) for n, g in gamma.items())
 
@@ -69,7 +68,7 @@ def test_sweep_and_unused_rows_leave_the_loss(trained, tmp_path, toy):
     assert zeros(after, after['masks']) > zeros(before, before['masks'])
     x = torch.randint(97, 122, (2, 32))
     x[x == 106] = 101                                       # 'j' does not occur in the corpus
-    logits = [runs.load_model(str(tmp_path / out))[0](x) for out in 'ab']
+    logits = [load_model(str(tmp_path / out))[0](x) for out in 'ab']
     assert torch.allclose(*logits, atol=1e-6)
 
 
@@ -77,7 +76,7 @@ def test_masks_hold_in_later_training(trained, tmp_path, toy, train_tiny):
     """init_from takes the masks along: what prune.py zeroed is zero after fine-tuning."""
     checkpoint, _ = pruned(trained, tmp_path, toy, '--method=magnitude', '--sparsity=0.6')
     train_tiny('--max_iters=5', f'--init_from={tmp_path / "pruned"}', '--final_train_blocks=0', out='tuned')
-    tuned = runs.load_checkpoint(str(tmp_path / 'tuned'))
+    tuned = load_checkpoint(str(tmp_path / 'tuned'))
     for name, mask in checkpoint['masks'].items():
         assert not tuned['model'][name][~mask].any()
         assert not torch.equal(tuned['model'][name], checkpoint['model'][name])
@@ -108,35 +107,6 @@ def test_gamma_needs_a_pmmp_checkpoint(train_tiny, tmp_path, toy):
         pruned(str(tmp_path / 'plain'), tmp_path, toy, '--method=gamma')
 
 
-def test_bench_measures_the_step_of_a_config(tmp_path):
-    """lab/bench.py's rows have a median, and the plain baseline is of the same size as our model."""
-    config = tmp_path / 'c.py'
-    config.write_text("# python train.py c.py\nn_layer = 1\nn_embd = 16\nn_head = 2\nblock_size = 16\nbatch_size = 2\n"
-                      "procedure = 'pmmp'\n")
-    out = tmp_path / 'bench.json'
-    assert bench.main(['step', str(config), '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
-    row = json.loads(out.read_text())['step']['rows'][0]
-    assert row['milliseconds'] > 0 and row['tokens_per_second'] > 0 and row['procedure'] == 'pmmp'
-    assert row['percent_of_product'] == pytest.approx(
-        row['tokens_per_second'] * flops_per_token(ModelConfig(block_size=16, n_layer=1, n_embd=16, n_head=2))
-        / row['product_gflops'] / 1e7, rel=0.05)
-
-
-@pytest.mark.parametrize('area, candidates', (
-    ('procedures', ('vanilla', 'rl1', 'drr', 'pmmp', 'pmmp, lean', 'Muon', 'on a grid of 4 bits')),
-    ('plain', 3 * ('plain', 'nanomdl')), ('mixture', ('one set', 'mixture of two')), ('data', ()), ('evaluation', ())))
-def test_bench_areas_print_ratios_to_a_baseline(area, candidates, tmp_path, monkeypatch, capsys):
-    """A candidate that no longer runs is noticed here, not when somebody measures; sizes are reduced."""
-    monkeypatch.setattr(bench, 'size_config', lambda name, block_size: ModelConfig(
-        block_size=min(block_size, 256), n_layer=1, n_embd=16, n_head=2))
-    out = tmp_path / 'bench.json'
-    assert bench.main([area, '--pairs=2', f'--json_path={out}', '--device=cpu']) == 0
-    rows = json.loads(out.read_text())[area]['rows']
-    assert not candidates or tuple(r['candidate'] for r in rows) == candidates
-    assert any(r['candidate'] == r['baseline'] and r['ratio'] == 1 for r in rows)
-    assert all(r['ratio'] > 0 and r['milliseconds'] > 0 for r in rows) and area in capsys.readouterr().out
-
-
 # --- whole layers ---
 
 @pytest.fixture
@@ -148,7 +118,7 @@ def deep(tmp_path):
     mask = torch.rand(32, 8) < 0.5
     with torch.no_grad():
         model.blocks[2].feed_forward.up.weight.mul_(mask)
-    runs.save_checkpoint(str(tmp_path / 'deep.pt'), dict(
+    save_checkpoint(str(tmp_path / 'deep.pt'), dict(
         model=model.state_dict(), model_args=model_args(model), masks={'blocks.2.feed_forward.up.weight': mask},
         config={}, data=dict(dataset='toy', sha256='', tokenizer='byte', start_id=10)))
     return str(tmp_path / 'deep.pt'), model
@@ -161,7 +131,7 @@ def test_a_strategy_keeps_whole_layers(deep, tmp_path, toy, strategy, kept):
     """Blocks bit for bit, in order; embeddings, norm and head too; parent and layers are named."""
     path, teacher = deep
     found, record = pruned(path, tmp_path, toy, f'--strategy={strategy}')
-    student = runs.load_model(str(tmp_path / 'pruned'))[0]
+    student = load_model(str(tmp_path / 'pruned'))[0]
     assert student.config.n_layer == len(kept) == found['model_args']['n_layer']
     for mine, i in zip(student.blocks, kept):
         assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(),
@@ -181,7 +151,7 @@ def test_all_layers_kept_are_the_teacher(deep, tmp_path, toy):
     pruned(path, tmp_path, toy, '--layers=' + ','.join(map(str, range(12))))
     x = torch.randint(256, (2, 16))
     with torch.no_grad():
-        assert torch.equal(runs.load_model(str(tmp_path / 'pruned'))[0].eval()(x), teacher(x))
+        assert torch.equal(load_model(str(tmp_path / 'pruned'))[0].eval()(x), teacher(x))
 
 
 @pytest.mark.parametrize('n, strategy, kept', [

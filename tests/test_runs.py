@@ -5,14 +5,19 @@ import os
 
 import pytest
 import torch
-from conftest import OneProcess, run_script, snapshot
+from conftest import ROOT, OneProcess, run_here, run_script, snapshot
 
 import runs
 from configurator import UserError
+from corpus.bins import write_json
+from training import checkpoint as checkpoints
+from training import folder as folders
+from training import process
+from training.table import COLUMNS
 
 FINISH_16_AT_ONCE = '''
-import os, sys, types
-import runs
+import os, runpy, sys, types
+from training import folder as folders
 gate = os.pipe()
 pids = []
 for i in range(16):
@@ -22,12 +27,14 @@ for i in range(16):
         env = types.SimpleNamespace(main=True, kind='cpu', world=1, torch=fake_torch)
         folder = os.path.join(sys.argv[1], f'run{i:02d}')
         os.makedirs(folder)
-        runs.commit_id = lambda: 'c0ffee'
-        record = runs.RunRecord(folder, dict(alpha=i / 10, procedure='pmmp'), env)
+        folders.commit_id = lambda: 'c0ffee'
+        record = folders.RunRecord(folder, dict(alpha=i / 10, procedure='pmmp'), env)
         os.close(gate[1])
         os.read(gate[0], 1)                         # all finish at once: the parent closes the gate
         record.update(status='done', final_val_loss=float(i))
-        runs.main([f'--out={sys.argv[1]}', f'--csv_path={sys.argv[2]}'])
+        out, csv_path, script = sys.argv[1:]
+        sys.argv = [script, f'--out={out}', f'--csv_path={csv_path}']
+        runpy.run_path(script, run_name='__main__')
         os._exit(0)
     pids.append(pid)
 os.close(gate[1])
@@ -41,28 +48,29 @@ def test_weights_alone_go_on_elsewhere(train_tiny, tmp_path):
              '--final_train_blocks=0')
     train_tiny(*flags, '--max_runtime=1e-9')
     path = str(tmp_path / 'run')
-    record = runs.read_run(path)
+    record = folders.read_run(path)
     assert record['status'] == 'paused'
     (tmp_path / 'there').mkdir()
-    runs.main(['export_weights', path, str(tmp_path / 'there/ckpt.pt')])
+    run_here('runs.py', 'export_weights', path, str(tmp_path / 'there/ckpt.pt'))
     assert os.path.getsize(tmp_path / 'there/ckpt.pt') < os.path.getsize(f'{path}/ckpt.pt') / 8
     train_tiny(*flags, '--init_from=resume', out='there')
-    there = runs.read_run(str(tmp_path / 'there'))
+    there = folders.read_run(str(tmp_path / 'there'))
     with open(tmp_path / 'there/log.txt') as f:
         assert f'step={record["step"]}: ' in f.read()
     assert there['status'] == 'done' and there['step'] > record['step']
     train_tiny(*flags, f'--init_from={tmp_path / "there/ckpt.pt"}', out='anew')
-    assert runs.read_run(str(tmp_path / 'anew'))['status'] == 'done'
+    assert folders.read_run(str(tmp_path / 'anew'))['status'] == 'done'
 
 
 def test_sixteen_runs_that_finish_at_once_all_have_their_row(tmp_path):
     """LOG, fault 9: a shared runs.csv rewritten by every job keeps 3 of 16 rows."""
     (tmp_path / 'race.py').write_text(FINISH_16_AT_ONCE)
-    done = run_script(tmp_path / 'race.py', tmp_path / 'out', tmp_path / 'runs.csv')
+    done = run_script(tmp_path / 'race.py', tmp_path / 'out', tmp_path / 'runs.csv',
+                      os.path.join(ROOT, 'runs.py'))
     assert done.returncode == 0, done.stderr
     with open(tmp_path / 'runs.csv', newline='') as f:
         assert len(list(csv.DictReader(f))) >= 1                # never half a file, whoever wrote last
-    assert runs.main([f'--out={tmp_path / "out"}', f'--csv_path={tmp_path / "runs.csv"}']) == 0
+    assert run_here('runs.py', f'--out={tmp_path / "out"}', f'--csv_path={tmp_path / "runs.csv"}') == 0
     with open(tmp_path / 'runs.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert [r['run_id'] for r in rows] == [f'run{i:02d}' for i in range(16)]
@@ -80,16 +88,16 @@ def test_table_has_the_columns_in_order_and_every_other_value_after(tmp_path, ca
             (tmp_path / 'out' / name / 'run.json').write_text(json.dumps(dict(values, run_id=name)))
     (tmp_path / 'out' / 'stray.txt').write_text('not a folder')
     (tmp_path / 'out' / 'empty' / 'run.json').write_text('{"run_id": "em')
-    assert runs.main([f'--out={tmp_path / "out"}', f'--csv_path={tmp_path / "runs.csv"}']) == 0
+    assert run_here('runs.py', f'--out={tmp_path / "out"}', f'--csv_path={tmp_path / "runs.csv"}') == 0
     with open(tmp_path / 'runs.csv', newline='') as f:
         header, *rows = csv.reader(f)
-    assert header == [*runs.COLUMNS, 'odd'] and [r[0] for r in rows] == ['a', 'b'] and rows[0][-1] == '3'
+    assert header == [*COLUMNS, 'odd'] and [r[0] for r in rows] == ['a', 'b'] and rows[0][-1] == '3'
     assert rows[1][-1] == ''
     assert '| a' in capsys.readouterr().out
     for wanted in 'run_id alpha seq_length epsilon online_description_length_bytes total_number_of_GPUs'.split():
-        assert wanted in runs.COLUMNS
+        assert wanted in COLUMNS
     with pytest.raises(UserError, match='no run.json below'):
-        runs.main([f'--out={tmp_path / "nowhere"}'])
+        run_here('runs.py', f'--out={tmp_path / "nowhere"}')
 
 
 @pytest.mark.parametrize('status, code', [('done', 0), ('paused', 85), ('failed', 1), ('running', 1), (None, 1)])
@@ -97,27 +105,27 @@ def test_status_exit_codes(tmp_path, status, code, capsys):
     """An sbatch file requeues on 85 and stops on anything else; a run without a status has not finished."""
     if status:
         (tmp_path / 'run.json').write_text(json.dumps(dict(status=status)))
-    assert runs.main(['status', str(tmp_path)]) == code
+    assert run_here('runs.py', 'status', str(tmp_path)) == code
     assert capsys.readouterr().out.strip() == (status or 'no run.json')
 
 
 def test_a_process_that_ends_without_a_status_has_failed(tmp_path):
     """A crash must not leave 'running' behind."""
-    code = ('import runs, sys, types; fake = types.SimpleNamespace(get_num_threads=lambda: 1)\n'
+    code = ('import sys, types; from training import folder; fake = types.SimpleNamespace(get_num_threads=lambda: 1)\n'
             'env = types.SimpleNamespace(main=True, kind="cpu", world=1, torch=fake)\n'
-            'r = runs.RunRecord(sys.argv[1], dict(seed=3), env); r.update(step=5); raise RuntimeError("boom")')
+            'r = folder.RunRecord(sys.argv[1], dict(seed=3), env); r.update(step=5); raise RuntimeError("boom")')
     assert run_script('-c', code, tmp_path).returncode == 1
-    assert runs.read_run(tmp_path)['status'] == 'failed' and runs.read_run(tmp_path)['step'] == 5
+    assert folders.read_run(tmp_path)['status'] == 'failed' and folders.read_run(tmp_path)['step'] == 5
 
 
 def test_killed_runs_are_visible_as_such_and_watched(tmp_path, monkeypatch, capsys):
     """kill -9 writes nothing: 'running' for ever. The watch shows step, share, hours left of all that are not done."""
     facts = dict(n_steps=200, step=50, batch_size=8, seq_length=32, train_tokens_per_second=64, phase='main',
-                 host=runs.platform.node())
+                 host=folders.platform.node())
     for name, status, pid in (('dead', 'running', 2 ** 22 + 1), ('live', 'running', os.getpid()),
                               ('gone', 'done', 1), ('wait', 'paused', 1)):
         (tmp_path / 'out' / name).mkdir(parents=True)
-        runs.write_json(str(tmp_path / 'out' / name / 'run.json'), dict(facts, run_id=name, status=status, pid=pid))
+        write_json(str(tmp_path / 'out' / name / 'run.json'), dict(facts, run_id=name, status=status, pid=pid))
     assert [(r['run_id'], r['status']) for r in runs.gather(str(tmp_path / 'out'))] == [
         ('dead', 'killed'), ('gone', 'done'), ('live', 'running'), ('wait', 'paused')]
 
@@ -126,7 +134,7 @@ def test_killed_runs_are_visible_as_such_and_watched(tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
     monkeypatch.setattr(runs.time, 'sleep', interrupt)
     with pytest.raises(KeyboardInterrupt):
-        runs.main([f'--out={tmp_path / "out"}', '--watch', '--watch_interval=7', '--csv_path='])
+        run_here('runs.py', f'--out={tmp_path / "out"}', '--watch', '--watch_interval=7', '--csv_path=')
     shown = capsys.readouterr().out
     assert 'gone' not in shown and shown.count('25.0000') == 3                      # percent
     assert f'{150 * 8 * 32 / 64 / 3600:.4f}' in shown and 'killed' in shown
@@ -134,24 +142,24 @@ def test_killed_runs_are_visible_as_such_and_watched(tmp_path, monkeypatch, caps
 
 def test_only_rank_0_writes(tmp_path):
     """Ranks that all write one run.json overwrite each other's numbers."""
-    runs.RunRecord(str(tmp_path), dict(seed=1), OneProcess(1, 2)).update(status='done')
+    folders.RunRecord(str(tmp_path), dict(seed=1), OneProcess(1, 2)).update(status='done')
     assert os.listdir(tmp_path) == []
 
 
 # --- checkpoints ---
 
 def checkpoint(path, **more):
-    runs.save_checkpoint(str(path), dict(model=dict(a=torch.arange(1000.0)), **more))
+    checkpoints.save_checkpoint(str(path), dict(model=dict(a=torch.arange(1000.0)), **more))
     return str(path)
 
 
 def test_checkpoint_round_trip_and_keep_last(tmp_path):
     """Newest under the plain name, older ones numbered, nothing temporary left."""
     for step in range(4):
-        runs.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(step=step), keep_last=3)
-    steps = {n: runs.load_checkpoint(str(tmp_path / n))['step'] for n in os.listdir(tmp_path)}
+        checkpoints.save_checkpoint(str(tmp_path / 'ckpt.pt'), dict(step=step), keep_last=3)
+    steps = {n: checkpoints.load_checkpoint(str(tmp_path / n))['step'] for n in os.listdir(tmp_path)}
     assert steps == {'ckpt.pt': 3, 'ckpt.pt.1': 2, 'ckpt.pt.2': 1}
-    assert runs.load_checkpoint(str(tmp_path))['step'] == 3     # a run folder stands for its ckpt.pt
+    assert checkpoints.load_checkpoint(str(tmp_path))['step'] == 3     # a run folder stands for its ckpt.pt
 
 
 @pytest.mark.parametrize('damage, words', [
@@ -169,7 +177,7 @@ def test_damaged_checkpoint_is_one_line(tmp_path, damage, words):
     damage(path)
     before = snapshot(tmp_path)
     with pytest.raises(UserError) as e:
-        runs.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     assert '\n' not in str(e.value) and 'ckpt.pt' in str(e.value), str(e.value)
     assert all(w in str(e.value) for w in words), str(e.value)
     assert snapshot(tmp_path) == before
@@ -185,9 +193,9 @@ class Planted:
 def test_loading_runs_no_code(tmp_path, monkeypatch):
     """weights_only: a checkpoint from the net must not execute what it holds."""
     monkeypatch.chdir(tmp_path)
-    torch.save(dict(format=runs.CHECKPOINT_FORMAT, model=Planted()), 'evil.pt')
+    torch.save(dict(format=checkpoints.CHECKPOINT_FORMAT, model=Planted()), 'evil.pt')
     with pytest.raises(UserError, match='evil.pt'):
-        runs.load_checkpoint('evil.pt')
+        checkpoints.load_checkpoint('evil.pt')
     assert not os.path.exists('planted')
 
 
@@ -202,7 +210,7 @@ def test_failed_save_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(UserError, match='No space left.*previous checkpoint is untouched'):
-        runs.save_checkpoint(path, dict(step=2))
+        checkpoints.save_checkpoint(path, dict(step=2))
     assert snapshot(tmp_path) == before
 
 
@@ -211,11 +219,12 @@ def test_failed_save_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 FULL_DISK = """
 import resource, sys
 import torch
-import runs
+from configurator import run
+from training.checkpoint import save_checkpoint
 path = sys.argv[1]
-runs.save_checkpoint(path, dict(step=1, model=dict(a=torch.ones(1000))))
+save_checkpoint(path, dict(step=1, model=dict(a=torch.ones(1000))))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))       # a file system with no room for more
-runs.run(lambda: runs.save_checkpoint(path, dict(step=2, model=dict(a=torch.ones(100_000)))))
+run(lambda: save_checkpoint(path, dict(step=2, model=dict(a=torch.ones(100_000)))))
 """
 
 
@@ -225,14 +234,14 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     done = run_script(tmp_path / 'full.py', tmp_path / 'ckpt.pt')
     assert done.returncode == 1 and done.stderr.startswith('error: cannot save') and done.stderr.count('\n') == 1
     assert 'previous checkpoint is untouched' in done.stderr
-    assert runs.load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 1
+    assert checkpoints.load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 1
     assert not (tmp_path / 'ckpt.pt.tmp').exists()
 
 
 def test_newer_format_says_to_update(tmp_path):
     torch.save(dict(format='nanomdl-ckpt-9'), tmp_path / 'a.pt')
     with pytest.raises(UserError, match='nanomdl-ckpt-9.*update this repository'):
-        runs.load_checkpoint(tmp_path / 'a.pt')
+        checkpoints.load_checkpoint(tmp_path / 'a.pt')
 
 
 @pytest.mark.parametrize('environ, words', [
@@ -245,7 +254,7 @@ def test_processes_that_cannot_meet_are_told_so(environ, words, monkeypatch):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        runs.Env('cpu')
+        process.Env('cpu')
 
 
 @pytest.mark.parametrize('status, overwrite, resume, words', [
@@ -262,11 +271,11 @@ def test_run_folder_is_refused_or_replaced_as_asked(tmp_path, status, overwrite,
     before = snapshot(tmp_path)
     if words:
         with pytest.raises(UserError) as e:
-            runs.open_run_folder(str(tmp_path), overwrite, resume)
+            folders.open_run_folder(str(tmp_path), overwrite, resume)
         assert all(w in str(e.value) for w in words) and str(tmp_path) in str(e.value)
         assert snapshot(tmp_path) == before
     else:
-        runs.open_run_folder(str(tmp_path), overwrite, resume)
+        folders.open_run_folder(str(tmp_path), overwrite, resume)
         assert snapshot(tmp_path) == (before if resume else {'notes.txt': b'mine'})
 
 
@@ -274,18 +283,18 @@ def test_run_folder_is_refused_or_replaced_as_asked(tmp_path, status, overwrite,
 def test_a_folder_that_another_process_writes_is_refused(tmp_path, overwrite, resume):
     """Two runs in one folder: the second clears the log that the first is writing."""
     (tmp_path / 'run').mkdir()
-    facts = dict(status='running', host=runs.platform.node(), pid=os.getppid())
-    runs.write_json(str(tmp_path / 'run' / 'run.json'), facts)
+    facts = dict(status='running', host=folders.platform.node(), pid=os.getppid())
+    write_json(str(tmp_path / 'run' / 'run.json'), facts)
     with pytest.raises(UserError, match=f'written by process {os.getppid()}'):
-        runs.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
-    runs.write_json(str(tmp_path / 'run' / 'run.json'), dict(facts, pid=2 ** 22 + 1))
-    runs.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
+        folders.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
+    write_json(str(tmp_path / 'run' / 'run.json'), dict(facts, pid=2 ** 22 + 1))
+    folders.open_run_folder(str(tmp_path / 'run'), overwrite, resume)
 
 
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / 'run').write_text('notes')
     with pytest.raises(UserError, match='is a file'):
-        runs.open_run_folder(str(tmp_path / 'run'), overwrite=True)
+        folders.open_run_folder(str(tmp_path / 'run'), overwrite=True)
 
 
 def test_overwriting_leaves_no_older_checkpoints_behind(tmp_path):
@@ -293,7 +302,7 @@ def test_overwriting_leaves_no_older_checkpoints_behind(tmp_path):
     (tmp_path / 'run.json').write_text(json.dumps(dict(status='done')))
     for name in ('ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2'):
         (tmp_path / name).write_text('old')
-    runs.open_run_folder(str(tmp_path), True, False)
+    folders.open_run_folder(str(tmp_path), True, False)
     assert snapshot(tmp_path) == {}
 
 
@@ -302,16 +311,16 @@ def test_anonymous_memory_does_not_count_mapped_files(tmp_path):
     import numpy as np
     with open(tmp_path / 'big.bin', 'wb') as f:
         f.truncate(64 << 20)
-    before = runs.rss_anon_bytes()
+    before = process.rss_anon_bytes()
     mapped = np.memmap(tmp_path / 'big.bin', np.uint8, 'r')
     assert int(mapped.max()) == 0                               # touches every page
-    assert before > 1 << 20 and runs.rss_anon_bytes() - before < 16 << 20
+    assert before > 1 << 20 and process.rss_anon_bytes() - before < 16 << 20
 
 
 def test_a_resumed_log_is_cut_back_and_takes_a_new_last_column(tmp_path):
     """A run that began before a column was added keeps its rows; a row cut by a kill goes."""
     (tmp_path / 'train_loss.csv').write_text('phase,epoch,step,loss\nmain,0,1,2.5\nmain,0,2,2.25\nmain,0,3,2.0\nmain,0')
-    log, loss_file, _ = runs.open_logs(str(tmp_path), ('phase', 'epoch', 'step', 'loss', 'seconds'), 2)
+    log, loss_file, _ = folders.open_logs(str(tmp_path), ('phase', 'epoch', 'step', 'loss', 'seconds'), 2)
     log.close(), loss_file.close()
     lines = (tmp_path / 'train_loss.csv').read_text().splitlines()
     assert lines == ['phase,epoch,step,loss,seconds', 'main,0,1,2.5,', 'main,0,2,2.25,']

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_script
 
-import runs
 import sample
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
+from training.checkpoint import save_checkpoint
 
 T = 12
 
@@ -29,7 +29,7 @@ def tiny(seed=0, **options):
 
 def save(path, model, tokenizer='byte', start_id=10):
     data = dict(dataset='toy', sha256='', start_id=start_id, tokenizer=tokenizer)
-    runs.save_checkpoint(path, dict(model=model.state_dict(), model_args=model_args(model), masks={}, config={},
+    save_checkpoint(path, dict(model=model.state_dict(), model_args=model_args(model), masks={}, config={},
                                     data=data))
     return str(path)
 

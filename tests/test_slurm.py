@@ -13,11 +13,12 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_here
 
 import configurator
-import runs
 import train
+from training.checkpoint import load_checkpoint
+from training.folder import read_run, read_status
 
 SCRIPTS = sorted(glob.glob(os.path.join(ROOT, 'slurm', '*.sbatch')))
 LISTS = sorted(glob.glob(os.path.join(ROOT, 'slurm', 'sweeps', '*.txt')))
@@ -169,7 +170,7 @@ def test_signals_reach_the_ranks_as_usr1(cluster, number, code, requeues):
     wait_for(lambda: 'ready' in cluster.calls.read_text(), 20, process)
     process.send_signal(number)
     found = cluster.outcome(process)
-    assert runs.read_status(cluster.folder / 'out' / 'nano-4711') == 'paused'       # not killed
+    assert read_status(cluster.folder / 'out' / 'nano-4711') == 'paused'       # not killed
     assert found[0] == code and len(found[2]) == requeues, found
 
 
@@ -266,9 +267,9 @@ def test_two_real_ranks_die_pause_and_finish(cluster, toy, tmp_path):
         before = last_step(folder)
         process = (cluster.start('train.sbatch', *flags, status='real', SLURM_GPUS_ON_NODE='2') if script else
                    subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        wait_for(lambda: runs.read_run(folder).get('step', 0) > before and len(ranks_of(folder)) == 2
-                 and runs.read_status(folder) == 'running', 60, process)
-        return process, runs.read_run(folder)['step']
+        wait_for(lambda: read_run(folder).get('step', 0) > before and len(ranks_of(folder)) == 2
+                 and read_status(folder) == 'running', 60, process)
+        return process, read_run(folder)['step']
 
     process, _ = launch(False)
     wait_for(lambda: (folder / 'ckpt.pt').exists(), 30, process)
@@ -277,21 +278,21 @@ def test_two_real_ranks_die_pause_and_finish(cluster, toy, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.time() - killed < 45 and not ranks_of(folder), err
     assert 'lost contact with another rank' in err
-    assert runs.main(['status', str(folder)]) == 1
+    assert run_here('runs.py', 'status', str(folder)) == 1
 
     process, step = launch(False)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and not ranks_of(folder), err
-    assert runs.read_status(folder) == 'paused' and runs.load_checkpoint(folder)['step'] >= step
+    assert read_status(folder) == 'paused' and load_checkpoint(folder)['step'] >= step
 
     process, step = launch(True)
     process.send_signal(signal.SIGUSR1)
     code, _, calls, err = cluster.outcome(process)
     assert code == 0 and calls == ['scontrol requeue 4711'] and not ranks_of(folder), err
-    assert runs.read_status(folder) == 'paused' and runs.load_checkpoint(folder)['step'] >= step
+    assert read_status(folder) == 'paused' and load_checkpoint(folder)['step'] >= step
 
     code, _, calls, err = cluster.submit('train.sbatch', *flags, status='real', SLURM_GPUS_ON_NODE='2')
-    assert code == 0 and not calls and runs.read_status(folder) == 'done' and not ranks_of(folder), err
+    assert code == 0 and not calls and read_status(folder) == 'done' and not ranks_of(folder), err
     with open(folder / 'train_loss.csv', newline='') as f:
         assert [int(r['step']) for r in csv.DictReader(f)] == list(range(1, 1201))

@@ -1,187 +1,11 @@
-"""sparse.py: procedures against autograd of their objectives, TAMADE against an analytic threshold, exact counts."""
-import copy
-from functools import partial
-
+"""sparse.py: TAMADE against an analytic threshold, exact counts, masks that hold, dead units, sizes."""
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse
 from model import GPT, ModelConfig
-from sparse import PROCEDURES, masks_by_magnitude, masks_by_threshold, merge_masks, pmmp_state, sweep_dead_units, tamade
+from sparse import Masks, masks_by_magnitude, masks_by_threshold, merge_masks, sweep_dead_units, tamade
 from training import parallel
-
-SHAPES = dict(a=(7, 5), b=(3,), c=(4, 4))
-
-
-def random_params(shapes=None, dtype=torch.float64, scale=1.0):
-    torch.manual_seed(3)
-    return {n: torch.nn.Parameter(scale * torch.randn(s, dtype=dtype)) for n, s in (shapes or SHAPES).items()}
-
-
-def random_pmmp(params, alpha=0.3, lean=False):
-    """A PMMP state with (w,) γ, u away from their start."""
-    state = pmmp_state(params, alpha, 1.0, 0.0, partial(torch.optim.SGD, lr=0.1), lean=lean)
-    for w in state.get('w', ()):
-        w.copy_(torch.randn_like(w))
-    for g, u in zip(state['gamma'], state['u']):
-        g.copy_(torch.rand_like(g)), u.copy_(torch.rand_like(u))
-    return state
-
-
-# --- procedures ---
-
-def test_pmmp_gradients_equal_autograd_of_the_written_objective():
-    """A wrong sign or factor in a hand-written gradient; u is maximised, hence its opposite sign."""
-    params = random_params()
-    state = random_pmmp(params)
-    theta = list(params.values())
-    loss_grad = [torch.randn_like(p) for p in theta]
-    edited = [g.clone() for g in loss_grad]
-    with torch.no_grad():
-        sparse.pmmp_edit(theta, edited, state)
-    groups = theta, state['w'], state['gamma'], state['u']
-    t, w, g, u = ([x.detach().clone().requires_grad_() for x in xs] for xs in groups)
-    sum((0.3 * gg + uu * ((tt - ww * gg) ** 2 + ww ** 2 * gg * (1 - gg))).sum() for tt, ww, gg,
-        uu in zip(t, w, g, u)).backward()
-    for i in range(len(t)):
-        assert torch.allclose(edited[i], loss_grad[i] + t[i].grad, rtol=1e-12, atol=1e-12)
-        assert torch.allclose(state['w'][i].grad, w[i].grad, rtol=1e-12, atol=1e-12)
-        assert torch.allclose(state['gamma'][i].grad, g[i].grad, rtol=1e-12, atol=1e-12)
-        assert torch.allclose(state['u'][i].grad, -u[i].grad, rtol=1e-12, atol=1e-12)
-
-
-def test_lean_pmmp_is_pmmp_at_the_w_that_minimises_it():
-    """The closed form w = θ: there ∂w is 0, and θ, γ, u have the gradients that the exact edit gives them."""
-    params = random_params()
-    lean, exact = random_pmmp(params, lean=True), random_pmmp(params)
-    assert 'w' not in lean and all(t.grad is None for t in lean['gamma'] + lean['u'])
-    for key, like in (('w', params.values()), ('gamma', lean['gamma']), ('u', lean['u'])):
-        torch._foreach_copy_(exact[key], [t.detach() for t in like])
-    edited = {}
-    for name, state in (('lean', lean), ('exact', exact)):
-        edited[name] = [torch.ones_like(p) for p in params.values()]
-        with torch.no_grad():
-            sparse.pmmp_edit(list(params.values()), edited[name], state)
-    assert all(not w.grad.any() for w in exact['w'])
-    for a, b in zip(edited['lean'], edited['exact']):
-        assert torch.allclose(a, b, rtol=1e-12)
-    for key in ('gamma', 'u'):
-        for a, b in zip(lean[key], exact[key]):
-            assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12) and a.grad.any()
-
-
-def test_sign_steps_go_downhill_and_free_the_gradient():
-    """A step of lr against the gradient's sign, none where it is zero; the gradient must not outlive it."""
-    p = torch.tensor([1.0, 2.0, 3.0])
-    p.grad = torch.tensor([0.5, -7.0, 0.0])
-    sparse.SignStep([p], lr=0.25).step()
-    assert p.tolist() == [0.75, 2.25, 3.0] and p.grad is None
-
-
-def test_pmmp_bracket_is_the_expectation_over_keep_variables():
-    """Nothing is sampled only because the bracket is E(θ - wz)² for z ~ Bernoulli(γ): ∂u must be minus that."""
-    params = random_params()
-    state = random_pmmp(params)
-    with torch.no_grad():
-        sparse.pmmp_edit(list(params.values()), [torch.zeros_like(p) for p in params.values()], state)
-    for p, w, g, u in zip(params.values(), state['w'], state['gamma'], state['u']):
-        assert torch.allclose(-u.grad, g * (p - w) ** 2 + (1 - g) * p ** 2, rtol=1e-12)
-
-
-def test_pmmp_gradients_are_rewritten_each_step():
-    """Gradients of w, γ, u that add up over steps: a second edit must give the same ones."""
-    params = random_params()
-    state = random_pmmp(params)
-    grads = []
-    for _ in range(2):
-        with torch.no_grad():
-            sparse.pmmp_edit(list(params.values()), [torch.zeros_like(p) for p in params.values()], state)
-        grads.append([t.grad.clone() for key in ('w', 'gamma', 'u') for t in state[key]])
-    assert all(torch.equal(x, y) for x, y in zip(*grads))
-
-
-@pytest.mark.parametrize('name, penalty', [('rl1', lambda t: 0.3 * t.abs()),
-                                           ('drr', lambda t: 0.3 * (1 - torch.exp(-5.0 * t.abs())))])
-def test_rl1_and_drr_edits_equal_autograd(name, penalty):
-    """A wrong sign or factor in the edit of rl1 or drr; at θ = 0 both must add nothing."""
-    params = random_params()
-    theta = list(params.values())
-    theta[0].data[0, 0] = 0.0
-    edited = [torch.ones_like(p) for p in theta]
-    with torch.no_grad():
-        PROCEDURES[name][0](theta, edited, dict(alpha=0.3, beta=5.0))
-    copies = [p.detach().clone().requires_grad_() for p in theta]
-    sum(penalty(t).sum() for t in copies).backward()
-    for e, t in zip(edited, copies):
-        assert torch.allclose(e, 1 + torch.where(t == 0, 0.0, t.grad), rtol=1e-12)
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize('name, lean', (('rl1', 0), ('drr', 0), ('pmmp', 0), ('pmmp', 1)))
-def test_edits_launch_as_many_kernels_for_forty_tensors_as_for_two(name, lean):
-    """LOG, fault 8: Python loops over parameters in every step; multi-tensor calls do not grow with the count."""
-    counts = []
-    for n in (2, 40):
-        params = random_params({f'p{i}': (3, 2) for i in range(n)}, torch.float32)
-        state = random_pmmp(params, lean=lean) if name == 'pmmp' else dict(alpha=0.1, beta=5.0)
-        with torch.no_grad(), CountOps() as ops:
-            PROCEDURES[name][0](list(params.values()), [torch.ones_like(p) for p in params.values()], state)
-            n_made = n                                          # ones_like above
-            PROCEDURES[name][1](state)
-        counts.append(ops.n - n_made)
-    assert counts[0] == counts[1] > 0
-
-
-def test_gamma_is_projected_to_the_unit_interval():
-    """γ is a probability; Adam steps out of [0, 1] in either direction."""
-    state = random_pmmp(random_params())
-    for g in state['gamma']:
-        g.copy_(4 * torch.randn_like(g))
-    sparse.pmmp_project(state)
-    assert all(0 <= g.min() and g.max() <= 1 for g in state['gamma'])
-
-
-@pytest.mark.parametrize('lean', (False, True))
-def test_pmmp_state_starts_at_theta_and_comes_back_from_a_checkpoint(lean):
-    """LOG, fault 3: a checkpoint without γ, w, u or their optimiser; fault 2: w is a copy of θ as it is now."""
-    params = random_params(dtype=torch.float32)
-    make = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0)
-    state = pmmp_state(params, 0.3, 0.9, 0.2, make, lean=lean)
-    assert lean or all(torch.equal(w, p) and w.data_ptr() != p.data_ptr() for w, p in zip(state['w'], params.values()))
-    assert all((g == 0.9).all() for g in state['gamma']) and all((u == 0.2).all() for u in state['u'])
-
-    def steps(s, n):
-        for _ in range(n):
-            with torch.no_grad():
-                sparse.pmmp_edit(list(params.values()), [torch.zeros_like(p) for p in params.values()], s)
-            s['optimizer'].param_groups[0]['lr'] = 0.1
-            s['optimizer'].step()
-            sparse.pmmp_project(s)
-    steps(state, 3)
-    saved = copy.deepcopy(sparse.pmmp_saved(state, parallel.full))
-    again = pmmp_state(params, 0.3, 0.9, 0.2, make, saved, lean)
-    steps(state, 3), steps(again, 3)
-    assert state['keys'] == (('gamma', 'u') if lean else ('w', 'gamma', 'u'))
-    for key in state['keys']:
-        assert all(torch.equal(x, y) for x, y in zip(state[key], again[key]))
-
-
-def test_decoupled_penalty_stops_at_zero():
-    """A proximal l1 step that crosses zero would oscillate instead of giving exact zeros."""
-    theta = [torch.nn.Parameter(torch.tensor([0.001, -0.001, 0.5, 0.0]))]
-    sparse.pull_towards_zero(theta, [torch.tensor([1.0, -1.0, 1.0, 1.0])], 0.1, 'rl1')
-    assert theta[0][:2].tolist() == [0, 0] and abs(theta[0][2].item() - 0.4) < 1e-7
-
 
 # --- TAMADE and masks ---
 
@@ -251,19 +75,36 @@ def test_merged_masks_only_grow():
     assert {n: m.tolist() for n, m in merged.items()} == dict(a=[True, False, False], b=[True], c=[False])
 
 
-def test_forget_clears_both_moments():
-    """Adam's momentum moves a weight whose gradient is zero."""
-    p = torch.nn.Parameter(torch.ones(4))
-    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.0)
-    p.grad = torch.ones(4)
-    optimizer.step()
-    mask = torch.tensor([True, False, True, False])
-    p.data.mul_(mask)
-    sparse.forget(optimizer, {p: mask})
-    p.grad = torch.zeros(4)
-    for _ in range(3):
-        optimizer.step()
-    assert p[~mask].tolist() == [0, 0] and (p[mask] != 1 - 0.1).all()
+def test_masks_of_a_run_hold_on_weights_and_gradients():
+    """Grow, on gradients, on weights, saved: what is gone stays gone, whatever a step does to it."""
+    params = {name: torch.nn.Parameter(torch.arange(1.0, 5.0)) for name in 'ab'}
+    masks = Masks(params)
+    assert not masks and masks.saved(parallel.full) == {}
+    masks.on_gradients()                                        # nothing to do: there need be no gradients
+    masks.grow(dict(a=torch.tensor([True, False, True, True])))
+    assert masks and params['a'].tolist() == [1, 0, 3, 4] and params['b'].tolist() == [1, 2, 3, 4]
+    masks.grow(dict(a=torch.tensor([True, True, False, True])))
+    assert params['a'].tolist() == [1, 0, 0, 4]
+    for p in params.values():
+        p.grad = torch.ones(4)
+    masks.on_gradients()
+    assert params['a'].grad.tolist() == [1, 0, 0, 1] and params['b'].grad.tolist() == [1, 1, 1, 1]
+    with torch.no_grad():
+        params['a'] += 7
+    masks.on_weights()
+    assert params['a'].tolist() == [8, 0, 0, 11]
+    assert list(masks.by_parameter()) == [params['a']]
+    assert {n: m.tolist() for n, m in masks.saved(parallel.full).items()} == dict(a=[True, False, False, True])
+
+
+def test_masks_of_frozen_parameters_are_handed_on():
+    """A frozen encoder's mask belongs into the next checkpoint, though no step touches its weights."""
+    params = dict(a=torch.nn.Parameter(torch.ones(2)))
+    saved = dict(a=torch.tensor([True, False]), frozen=torch.tensor([False]))
+    masks = Masks(params, saved)
+    assert list(masks.masks) == ['a'] and masks.saved(parallel.full).keys() == saved.keys()
+    masks.on_weights()
+    assert params['a'].tolist() == [1, 0]
 
 
 def test_regularised_leaves_out_norm_gains_and_biases_by_default():

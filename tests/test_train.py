@@ -1,107 +1,47 @@
-"""train.py: phases and schedules, procedures, pruning, resume to the bit, several ranks, bad input.
+"""train.py: procedures in the loop, pruning, resuming to the bit, several ranks, bad input.
 
-Most tests run train.main in this process on a model of 42k parameters. LOG, faults are named where tested.
+Most tests run train.py in this process on a model of 42k parameters.
 """
-import csv
+import functools
+import inspect
 import json
 import math
 import os
 import signal
-import sys
-import time
-import types
 
 import pytest
 import torch
-from conftest import ROOT, TINY, OneProcess, make_text, run_script, same, snapshot, torchrun, write_dataset
+from conftest import (
+    RESUMED,
+    ROOT,
+    THREE_PHASES,
+    TINY,
+    OneProcess,
+    assert_same_run,
+    at_step,
+    losses_of,
+    make_text,
+    run_here,
+    run_script,
+    same,
+    snapshot,
+    stop_at,
+    torchrun,
+    train_knobs,
+    weights_of,
+    write_dataset,
+)
 
-import runs
+import score
 import sparse
-import train
-from configurator import UserError, configure
-from corpus import bins
+from configurator import UserError
+from corpus import bins, data
 from model import GPT, config_from_knobs
-from training import plan
-
-PRUNED = ('--do_pruning', '--first_pruning_after=1', '--tolerated_relative_loss_increase=0.05')
-# 6 steps of prelude, 3 epochs of 4 batches with a pruning after each, 4 steps of fine-tuning
-THREE_PHASES = ('--procedure=pmmp', '--alpha=1e-3', '--initial_u_value=0.1', '--epochs_prelude=1',
-                '--stop_epoch_at_batch_prelude=6',
-                '--epochs=3', '--stop_epoch_at_batch=4', '--epochs_fine_tuning=1',
-                '--stop_epoch_at_batch_fine_tuning=4', *PRUNED)
-
-
-def losses_of(folder):
-    """Return the rows of train_loss.csv as dicts, without the time they took."""
-    with open(os.path.join(folder, 'train_loss.csv'), newline='') as f:
-        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(f)]
-
-
-def seconds_of(folder):
-    with open(os.path.join(folder, 'train_loss.csv'), newline='') as f:
-        return [float(row['seconds']) for row in csv.DictReader(f)]
-
-
-def weights_of(folder, name='ckpt.pt'):
-    return runs.load_checkpoint(os.path.join(folder, name))['model']
-
-
-def knobs(*flags):
-    """Set train's globals as main would, for its pure functions."""
-    return configure(vars(train), [*TINY, *flags])
-
-
-def K():
-    """Train's knobs as the functions of plan.py take them."""
-    return types.SimpleNamespace(**vars(train))
-
-
-# --- the plan ---
-
-def test_warm_up_then_schedule_over_the_rest():
-    """LOG, fault 7: schedule length ignoring warm-up, so that a cosine ends early or late."""
-    knobs('--warmup_iters=10', '--schedule=cosine', '--min_learning_rate_ratio=0.1')
-    rates = [plan.rate_at(s, 110, 2.0, K()) for s in range(110)]
-    assert [round(r, 9) for r in rates[:10]] == [round(2.0 * (i + 1) / 10, 9) for i in range(10)]
-    for s in range(10, 110):
-        assert abs(rates[s] - 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (s - 10) / 100)) / 2)) < 1e-12
-    assert rates[10] == 2.0 and rates[109] < 0.2 * 1.01 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    knobs('--warmup_iters=4', '--schedule=linear', '--min_learning_rate_ratio=0')
-    assert [plan.rate_at(s, 8, 1.0, K()) for s in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
-    knobs('--warmup_iters=0', '--schedule=constant')
-    assert {plan.rate_at(s, 50, 3e-4, K()) for s in range(50)} == {3e-4}
-    knobs('--warmup_iters=10', '--schedule=cosine')
-    assert plan.rate_at(3, 5, 1.0, K()) == 0.4                      # a run shorter than its warm-up
-
-
-def test_phases_have_exact_lengths():
-    """LOG, fault 7: off-by-one in batch limits."""
-    knobs('--epochs_prelude=1.5', '--epochs=2', '--epochs_fine_tuning=1', '--stop_epoch_at_batch_fine_tuning=3')
-    phases = plan.plan_phases(10, K())
-    assert [(p['name'], p['n_steps'], p['epoch_steps'], p['first_step'], p['first_epoch']) for p in phases] == [
-        ('prelude', 15, 10, 0, 0), ('main', 20, 10, 15, 2), ('fine_tuning', 3, 3, 35, 4)]
-    assert [p['procedure'] for p in phases] == ['vanilla', 'vanilla', 'vanilla']
-    knobs('--epochs=2', '--stop_epoch_at_batch=50', '--steps_per_chunk=3', '--procedure=rl1',
-          '--epochs_fine_tuning=0.001')
-    assert [(p['n_steps'], p['procedure']) for p in plan.plan_phases(10, K())] == [(60, 'rl1'), (1, 'vanilla')]
-    knobs('--max_iters=7', '--epochs=0', '--stop_epoch_at_batch=4')
-    assert [(p['n_steps'], p['epoch_steps']) for p in plan.plan_phases(10, K())] == [(7, 4)]
-    knobs('--epochs=0')
-    assert plan.plan_phases(10, K()) == []
-
-
-def test_pruning_schedule():
-    """Prune after epoch e (from 1) where e >= first and (e - first) mod every = 0, and only in the main phase."""
-    knobs('--do_pruning', '--first_pruning_after=3', '--prune_every=2', '--epochs=9', '--epochs_prelude=4',
-          '--epochs_fine_tuning=5')
-    prelude, main, fine = plan.plan_phases(10, K())
-    assert [s for s in range(1, 91) if plan.prunes_after(main, s, K())] == [30, 50, 70, 90]
-    assert not any(plan.prunes_after(p, s, K()) for p in (prelude, fine) for s in range(1, 60))
-    knobs('--do_pruning', '--first_pruning_after=0', '--epochs=1.5')
-    (main,) = plan.plan_phases(10, K())
-    assert [s for s in range(1, 16) if plan.prunes_after(main, s, K())] == [15]
-    knobs('--first_pruning_after=1')
-    assert not plan.prunes_after(main, 10, K())                     # do_pruning is off
+from training import folder as folders
+from training import process, run
+from training.checkpoint import load_checkpoint, load_model, parent_of, save_checkpoint
+from training.folder import read_run, read_status
+from training.plan import Schedule
 
 
 def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
@@ -112,11 +52,12 @@ def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
     assert [int(r['step']) for r in rows] == list(range(1, 23))
     assert [int(r['epoch']) for r in rows] == [0] * 6 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
     assert [int(r['tokens']) for r in rows] == [256 * s for s in range(1, 23)]
-    assert all(abs(float(r['lr']) / plan.rate_at(i, 22, 3e-3, K()) - 1) < 1e-3 for i, r in enumerate(rows))
+    schedule = Schedule('cosine', 22, warmup_iters=5, end_ratio=0.1)
+    assert all(abs(float(r['lr']) / schedule.rate(i, 3e-3) - 1) < 1e-3 for i, r in enumerate(rows))
     nonzeros = [int(r['nonzeros']) for r in rows]               # counted where a phase starts and after a pruning
     spans = [set(nonzeros[i:j]) for i, j in ((0, 6), (6, 10), (10, 18), (18, 22))]
     assert all(len(span) == 1 for span in spans) and nonzeros[6] > nonzeros[10] > nonzeros[18]
-    record = runs.read_run(tmp_path / 'run')
+    record = read_run(tmp_path / 'run')
     assert record['n_prunings'] == 2 and record['status'] == 'done' and record['non_zero_params'] == nonzeros[18]
     assert record['n_steps'] == 22
     assert [p for p in open(tmp_path / 'run' / 'log.txt') if ' prune ' in p and 'step=10' in p]
@@ -146,50 +87,55 @@ def test_coefficient_zero_is_bit_identical_to_vanilla(name, train_tiny, tmp_path
 
 
 @pytest.mark.parametrize('name', ('rl1', 'drr', 'pmmp'))
-@pytest.mark.parametrize('decoupled', ('--no-decoupled', '--decoupled'))
-def test_coefficient_matters(name, decoupled, train_tiny, tmp_path):
+def test_coefficient_matters(name, train_tiny, tmp_path):
     """A penalty that never reaches the weights: a strong one must make the sum of magnitudes smaller than vanilla's."""
     train_tiny('--max_iters=16', '--final_train_blocks=0', out='vanilla')
-    train_tiny(f'--procedure={name}', '--alpha=0.05', '--initial_u_value=1', '--initial_p_value=0.5', decoupled,
-               '--max_iters=16',
-               '--final_train_blocks=0')
+    train_tiny(f'--procedure={name}', '--alpha=0.05', '--initial_u_value=1', '--initial_p_value=0.5',
+               '--max_iters=16', '--final_train_blocks=0')
     size = {n: sum(float(t.abs().sum()) for t in weights_of(tmp_path / n).values() if t.dim() == 2)
             for n in ('vanilla', 'run')}
     assert size['run'] < size['vanilla'] * 0.999
 
 
 def test_w_starts_at_theta_when_the_main_phase_starts(train_tiny, monkeypatch):
-    """LOG, fault 2: after a prelude PMMP pulls θ back to its random start, w copied at construction."""
-    starts, first = [], []
-    real = sparse.pmmp_state
-
-    def spy(params, *more):
-        state = real(params, *more)
-        starts.append(all(torch.equal(p, w) for p, w in zip(params.values(), state['w'])))
-        starts.append(any(torch.equal(p, q) for p, q in zip(params.values(), first)))
-        return state
+    """After a prelude PMMP pulls θ back to its random start, where w was copied at construction."""
+    starts = []
+    first = []
     real_init = GPT.init_weights
+
+    def spy_on_begin(names):
+        real = names['PMMP'].begin
+
+        def begin(self, params, *more):
+            real(self, params, *more)
+            starts.append(all(torch.equal(p, w) for p, w in zip(params.values(), self.w, strict=True)))
+            starts.append(any(torch.equal(p, q) for p, q in zip(params.values(), first, strict=True)))
+        names['PMMP'].begin = begin
 
     def init(self):
         real_init(self)
         first[:] = [p.detach().clone() for p in self.parameters() if p.dim() >= 2]
-    monkeypatch.setattr(sparse, 'pmmp_state', spy), monkeypatch.setattr(GPT, 'init_weights', init)
-    train_tiny('--procedure=pmmp', '--epochs_prelude=0.25', '--max_iters=1', '--final_train_blocks=0')
+    monkeypatch.setattr(GPT, 'init_weights', init)
+    train_tiny('--procedure=pmmp', '--epochs_prelude=0.25', '--max_iters=1', '--final_train_blocks=0',
+               change=spy_on_begin)
     assert starts == [True, False]                              # equal to θ as it is now, not to θ as it was drawn
 
 
-def test_gamma_stays_a_probability_at_a_large_rate(train_tiny, monkeypatch):
+def test_gamma_stays_a_probability_at_a_large_rate(train_tiny):
     """γ is clamped after every step; the run is such that without the projection it would leave [0, 1]."""
-    left, inside = [], []
-    edit, project = sparse.PROCEDURES['pmmp']
+    left = []
+    inside = []
 
-    def spy(state):
-        left.append(any(float(g.min()) < 0 or float(g.max()) > 1 for g in state['gamma']))
-        project(state)
-        inside.append(all(0 <= float(g.min()) and float(g.max()) <= 1 for g in state['gamma']))
-    monkeypatch.setitem(sparse.PROCEDURES, 'pmmp', (edit, spy))
+    def spy_on_project(names):
+        real = names['PMMP'].project
+
+        def project(self):
+            left.append(any(float(g.min()) < 0 or float(g.max()) > 1 for g in self.gamma))
+            real(self)
+            inside.append(all(0 <= float(g.min()) and float(g.max()) <= 1 for g in self.gamma))
+        names['PMMP'].project = project
     train_tiny('--procedure=pmmp', '--alpha=0.1', '--initial_u_value=0.5', '--procedure_learning_rate=0.3',
-               '--max_iters=20', '--final_train_blocks=0')
+               '--max_iters=20', '--final_train_blocks=0', change=spy_on_project)
     assert len(inside) == 20 and all(inside) and any(left)
 
 
@@ -200,7 +146,7 @@ def test_clipping_scales_theta_only_and_after_the_penalty(train_tiny, tmp_path):
                '--initial_p_value=0.5')
     rows = losses_of(tmp_path / 'run')
     assert all(float(r['grad_norm']) < 0.9 * float(r['grad_norm_penalised']) for r in rows)
-    saved = runs.load_checkpoint(str(tmp_path / 'run'))['procedure']
+    saved = load_checkpoint(str(tmp_path / 'run'))['procedure']
     assert any(float(g.max()) < 0.5 - 0.003 * 3 for g in saved['gamma'].values())       # an unclipped alpha = 10
 
 
@@ -208,31 +154,37 @@ def test_clipping_scales_theta_only_and_after_the_penalty(train_tiny, tmp_path):
 
 def test_masks_only_grow_and_masked_weights_stay_exactly_zero(train_tiny, tmp_path, monkeypatch):
     """A pruned weight that comes back by Adam's momentum, decay or a later mask; checked before each step."""
-    held, history, checked = {}, [], []
-    real_apply, real_rate = sparse.apply_masks, train.rate_at
+    held = {}
+    history = []
+    checked = []
+    real_grow = sparse.Masks.grow
+    real_rate = Schedule.rate
 
-    def apply(params, masks):
-        real_apply(params, masks)
-        if held:
-            assert all((old | ~masks[n]).all() for n, old in held['masks'].items())
-        held.update(params=params, masks={n: m.clone() for n, m in masks.items()})
-        history.append(sum(int((~m).sum()) for m in masks.values()))
+    def grow(self, new):
+        before = dict(self.masks)
+        real_grow(self, new)
+        assert all((mask | ~self.masks[n]).all() for n, mask in before.items())
+        held.update(params=self.named_params, masks={n: mask.clone() for n, mask in self.masks.items()})
+        history.append(sum(int((~mask).sum()) for mask in self.masks.values()))
 
-    def rate(*args):
+    def rate(self, step, peak):
         if held:
-            assert all(not held['params'][n][~m].any() for n, m in held['masks'].items())
-            checked.append(args[0])
-        return real_rate(*args)
-    monkeypatch.setattr(sparse, 'apply_masks', apply), monkeypatch.setattr(train, 'rate_at', rate)
+            assert all(not held['params'][n][~mask].any() for n, mask in held['masks'].items())
+            checked.append(step)
+        return real_rate(self, step, peak)
+    monkeypatch.setattr(sparse.Masks, 'grow', grow)
+    monkeypatch.setattr(Schedule, 'rate', rate)
     train_tiny(*THREE_PHASES, '--weight_decay=0.1', '--epochs_fine_tuning=4')
     assert len(history) == 3 and 0 < history[0] < history[1] < history[2] and checked[-1] == 33
-    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    end = load_checkpoint(str(tmp_path / 'run'))
     assert same(end['masks'], held['masks']) and all(not end['model'][n][~m].any() for n, m in end['masks'].items())
     names = [n for group in (True, False) for n, t in end['model'].items() if (t.dim() >= 2) == group]
+    adamw, = end['optimizer']
     for i, name in enumerate(names):                            # AdamW's groups: matrices first, then the rest
         for moment in ('exp_avg', 'exp_avg_sq'):
-            assert end['optimizer']['state'][i][moment].shape == end['model'][name].shape
-            assert name not in end['masks'] or not end['optimizer']['state'][i][moment][~end['masks'][name]].any()
+            values = adamw['state'][i][moment]
+            assert values.shape == end['model'][name].shape
+            assert name not in end['masks'] or not values[~end['masks'][name]].any()
 
 
 @pytest.mark.parametrize('regularise', ('matrices', 'all'))
@@ -248,18 +200,19 @@ def test_pruning_respects_the_tolerated_loss(train_tiny, tmp_path, regularise):
         assert before * 0.9 < after <= before * 1.05 + 1e-5
         spent += after / before - 1
         assert abs(float(line['tolerance_spent']) - spent) < 1e-3
-    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    end = load_checkpoint(str(tmp_path / 'run'))
     assert (regularise == 'all') == any(end['model'][n].dim() == 1 for n in end['masks'])
 
 
 def test_tamade_sees_the_leading_100_validation_blocks(train_tiny, tmp_path, monkeypatch):
     """Calibration is on the first 100 blocks of the validation split, on every rank the same."""
-    import score
-    seen, real = [], score.score
+    seen = []
+    real = score.score
 
-    def spy(model, data, block_size, batch_size, env, minimal_context=0, max_blocks=0, *more, **named):
-        seen.append((data.split, max_blocks))
-        return real(model, data, block_size, batch_size, env, minimal_context, max_blocks, *more, **named)
+    def spy(*args, **named):
+        given = inspect.signature(real).bind(*args, **named).arguments
+        seen.append((given['data'].split, given.get('max_blocks', 0)))
+        return real(*args, **named)
     monkeypatch.setattr(score, 'score', spy)
     train_tiny('--max_iters=2', '--do_pruning', '--procedure=rl1', '--final_train_blocks=0')
     assert seen.count(('val', 100)) == 25                       # before, 23 halvings, after
@@ -270,7 +223,7 @@ def test_prune_by_gamma(train_tiny, tmp_path):
     train_tiny('--procedure=pmmp', '--alpha=0.01', '--initial_u_value=0.1', '--procedure_learning_rate=0.05',
                '--max_iters=24', '--do_pruning',
                '--prune_by=gamma', '--final_train_blocks=0')
-    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    end = load_checkpoint(str(tmp_path / 'run'))
     gamma = end['procedure']['gamma']
     share = sum(int((~m).sum()) for m in end['masks'].values()) / sum(m.numel() for m in end['masks'].values())
     assert 0.01 < share < 1 and set(gamma) == set(end['masks'])
@@ -284,7 +237,8 @@ def test_prune_by_gamma(train_tiny, tmp_path):
 @pytest.mark.parametrize('world', (1, 2, 4))
 def test_ranks_share_one_global_batch(world, train_tiny, monkeypatch):
     """1, 2 and 4 ranks must see the same rows, each once: the loop's own slices, put together again."""
-    seen, real = {}, bins.Bin.gather
+    seen = {}
+    real = bins.Bin.gather
 
     def gather(self, starts, length):
         if self.split == 'train':
@@ -292,7 +246,7 @@ def test_ranks_share_one_global_batch(world, train_tiny, monkeypatch):
         return real(self, starts, length)
     monkeypatch.setattr(bins.Bin, 'gather', gather)
     for rank in range(world):
-        monkeypatch.setattr(runs, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
+        monkeypatch.setattr(process, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
         train_tiny('--max_iters=3', '--train_only_on_leading_tokens=600', '--micro_batch_size=1',
                    '--final_train_blocks=0', out=f'{rank}')
     for step in range(3):                                       # 19 blocks: the third batch has 3 rows and 5 of padding
@@ -327,7 +281,7 @@ def test_dropout_depends_on_the_step_alone(train_tiny, tmp_path, monkeypatch):
 def plain_losses(text, steps, batch=8, T=32, rate=3e-3):
     """Train a GPT by the shortest loop there is on consecutive blocks; return Σ nats per step before each update."""
     torch.manual_seed(858)
-    net = GPT(config_from_knobs(knobs(), 256))
+    net = GPT(config_from_knobs(vars(train_knobs()), 256))
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0, fused=True)
     sums = []
     ids = torch.tensor([10, *text])
@@ -343,23 +297,24 @@ def plain_losses(text, steps, batch=8, T=32, rate=3e-3):
 
 
 def test_online_description_length_is_the_first_pass_in_bytes(train_tiny, tmp_path):
-    """LOG, fault 6: online length in bits in a column called bytes, and all epochs summed."""
+    """Online length in bits in a column called bytes, and all epochs summed."""
     assert train_tiny('--online', '--epochs=3', '--train_only_on_leading_tokens=4001', '--final_train_blocks=0') == 0
     by_hand = plain_losses(make_text(4096)[:4001], 16)
     assert sum(n for _, n in by_hand) == 4001
-    found = runs.read_run(tmp_path / 'run')['online_description_length_bytes']
+    found = read_run(tmp_path / 'run')['online_description_length_bytes']
     expected = sum(nats for nats, _ in by_hand) / math.log(2) / 8
     assert abs(found - expected) <= 1 + 1e-4 * expected and 4001 * 0.3 < found < 4001
     rows = losses_of(tmp_path / 'run')
     assert max(abs(float(r['loss_nats']) - nats / n) for r, (nats, n) in zip(rows, by_hand)) < 1e-4
     train_tiny('--max_iters=2', '--final_train_blocks=0', out='other')
-    assert runs.read_run(tmp_path / 'other')['online_description_length_bytes'] is None     # the cell stays empty
+    assert read_run(tmp_path / 'other')['online_description_length_bytes'] is None     # the cell stays empty
 
 
 def test_final_numbers_are_of_whole_splits(train_tiny, tmp_path):
-    """LOG, fault 5: losses "over the data set" that cover part of it; here against a plain loop over rows."""
+    """Losses "over the data set" that cover part of it; here against a plain loop over rows."""
     train_tiny('--max_iters=6', '--train_only_on_leading_tokens=4001')
-    record, (net, _) = runs.read_run(tmp_path / 'run'), runs.load_model(str(tmp_path / 'run'))
+    record = read_run(tmp_path / 'run')
+    net, _ = load_model(str(tmp_path / 'run'))
     for split, name in (('train', 'mean_train_loss'), ('test', 'mean_test_loss'), ('val', 'final_val_loss')):
         ids = torch.tensor([10, *make_text(dict(train=4096, val=2000, test=777)[split],
                                            ('train', 'val', 'test').index(split))[:4001]])
@@ -381,97 +336,82 @@ def test_non_finite_loss_stops_before_the_update(train_tiny, tmp_path, monkeypat
     monkeypatch.setattr(GPT, 'forward', broken)
     with pytest.raises(UserError, match='loss nan.*--learning_rate'):
         train_tiny('--max_iters=20', '--checkpoint_time=1e-9')
-    end = runs.load_checkpoint(str(tmp_path / 'run'))
+    end = load_checkpoint(str(tmp_path / 'run'))
     assert end['step'] == 5 and all(torch.isfinite(t).all() for t in end['model'].values())
-    assert runs.read_run(tmp_path / 'run')['status'] == 'failed'
+    assert read_run(tmp_path / 'run')['status'] == 'failed'
 
 
 # --- stopping and resuming ---
 
-def stop_at(monkeypatch, step, number=signal.SIGUSR1):
-    """Send this process a real signal while the given step (from 1) is under way."""
-    real = train.rate_at
-
-    def rate(s, *more):
-        if s == step - 1:
-            os.kill(os.getpid(), number)
-        return real(s, *more)
-    monkeypatch.setattr(train, 'rate_at', rate)
+def status_of(folder):
+    """Return the exit status of runs.py status: 0 done, 85 paused, 1 anything else."""
+    return run_here('runs.py', 'status', folder)
 
 
-RESUMED = (*THREE_PHASES, '--online', '--warmup_iters=3', '--schedule=cosine', '--eval_interval=5', '--grad_clip=1',
-           '--weight_decay=0.01')
+def left_by_exit(monkeypatch):
+    """Let what ends a process at once end only the run that is in this process."""
+    def leave(code):
+        raise SystemExit(code)
+    monkeypatch.setattr(os, '_exit', leave)
 
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory, toy):
     """An unbroken run of three phases to compare resumed ones with."""
     folder = tmp_path_factory.mktemp('unbroken') / 'run'
-    assert train.main([*TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={folder}', *RESUMED]) == 0
+    assert run_here('train.py', *TINY, f'--data_dir={toy}', '--dataset=toy', f'--out_dir={folder}', *RESUMED) == 0
     return folder
-
-
-def assert_same_run(folder, reference):
-    """The same tensors in both checkpoints, the same rows in train_loss.csv, the same results."""
-    one, two = (runs.load_checkpoint(os.path.join(f, 'ckpt.pt')) for f in (folder, reference))
-    for key in set(one) - {'config', 'parent', 'train_seconds', 'step_seconds', 'versions', 'commit'}:
-        assert same(one[key], two[key]), key
-    assert same(weights_of(folder, 'best.pt'), weights_of(reference, 'best.pt'))
-    assert losses_of(folder) == losses_of(reference)
-    seconds = seconds_of(folder)                            # of steps, over all resumptions
-    assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(one['step_seconds'], abs=1e-3)
-    assert 0 < seconds[0] < seconds[-1] < one['train_seconds'] + 1e-3
-    a, b = runs.read_run(folder), runs.read_run(reference)
-    for key in ('status', 'mean_test_loss', 'mean_train_loss', 'final_val_loss', 'epsilon', 'non_zero_params',
-                'tokens_seen', 'n_prunings',
-                'tolerance_spent', 'online_description_length_bytes', 'final_train_loss'):
-        assert a[key] == b[key], key
-
-
-def assert_resumes(flags, stop, train_tiny, tmp_path, monkeypatch):
-    """A run that is stopped in a step and resumed must end as an unbroken one."""
-    assert train_tiny(*flags, out='whole') == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        assert train_tiny(*flags) == 85
-    assert train_tiny(*flags, '--init_from=resume') == 0
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
 @pytest.mark.parametrize('stops', [(3,), (6,), (8,), (10,), (13, 15), (18,), (20,), (21, 22)], ids=str)
 def test_resume_is_bit_exact(stops, train_tiny, tmp_path, monkeypatch, unbroken):
-    """LOG, fault 4: resume replays the first batches or skips data; in every phase, at its ends, at prunings."""
+    """Resume replays the first batches or skips data; in every phase, at its ends, at prunings."""
     resume = ()
     for stop in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, stop)
-            patch.setattr(os, '_exit', sys.exit)            # in the last step (22) only the scoring is left to stop
-            if stop == 22:
-                with pytest.raises(SystemExit) as left:
-                    train_tiny(*RESUMED, *resume)
-            assert (left.value.code if stop == 22 else train_tiny(*RESUMED, *resume)) == 85
-        assert runs.main(['status', str(tmp_path / 'run')]) == 85
+            left_by_exit(patch)                             # in the last step (22) only the scoring is left to stop
+            assert train_tiny(*RESUMED, *resume) == 85
+        assert status_of(tmp_path / 'run') == 85
         assert int(losses_of(tmp_path / 'run')[-1]['step']) == stop
         resume = ('--init_from=resume',)
     assert train_tiny(*RESUMED, *resume) == 0
-    assert runs.main(['status', str(tmp_path / 'run')]) == 0
+    assert status_of(tmp_path / 'run') == 0
+    assert_same_run(tmp_path / 'run', unbroken)
+
+
+@pytest.mark.parametrize('stop', (1, 5, 9, 18, 21))
+def test_nanomdl_stop_at_step_pauses_and_resumes(stop, train_tiny, tmp_path, monkeypatch, unbroken):
+    """A stop that depends on no clock: after that many steps of the whole run, once."""
+    monkeypatch.setenv('NANOMDL_STOP_AT_STEP', str(stop))
+    assert train_tiny(*RESUMED) == 85
+    record = read_run(tmp_path / 'run')
+    assert record['status'] == 'paused' and record['step'] == stop == len(losses_of(tmp_path / 'run'))
+    assert f'paused step={stop} reason=NANOMDL_STOP_AT_STEP; continue with' in record['paused']
+    assert load_checkpoint(str(tmp_path / 'run'))['step'] == stop and status_of(tmp_path / 'run') == 85
+    assert train_tiny(*RESUMED, '--init_from=resume') == 0                  # it is past that step now
+    assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_nanomdl_stop_at_the_last_step_leaves_the_scoring(train_tiny, tmp_path, monkeypatch, unbroken):
+    """All is saved by then: the final numbers are left to whoever resumes."""
+    with monkeypatch.context() as patch:
+        patch.setenv('NANOMDL_STOP_AT_STEP', '22')
+        left_by_exit(patch)
+        assert train_tiny(*RESUMED) == 85
+    assert 'while scoring by NANOMDL_STOP_AT_STEP' in read_run(tmp_path / 'run')['paused']
+    assert train_tiny(*RESUMED, '--init_from=resume') == 0
     assert_same_run(tmp_path / 'run', unbroken)
 
 
 def test_time_limit_checkpoint_holds_everything(train_tiny, tmp_path, unbroken, monkeypatch):
-    """LOG, fault 3: the time-limit checkpoint crashes, never triggers, or omits γ, w, u and the mask."""
+    """The time-limit checkpoint crashes, never triggers, or omits γ, w, u and the mask."""
     with monkeypatch.context() as patch:
-        real, left = train.rate_at, []
-
-        def rate(s, *more):
-            if s == 12 and not left:                            # the hour is over in step 13, after the first pruning
-                left.append(signal.setitimer(signal.ITIMER_REAL, 1e-6)[0])
-                time.sleep(0.01)
-            return real(s, *more)
-        patch.setattr(train, 'rate_at', rate)
-        assert train_tiny(*RESUMED, '--max_runtime=3600') == 85 and 3500 < left[0] <= 3600
-    saved = runs.load_checkpoint(str(tmp_path / 'run'))
-    assert saved['step'] == 13 and saved['phase'] == 'main' and saved['masks'] and saved['optimizer']['state']
+        stop_at(patch, 13, signal.SIGALRM)                      # the hour is over after the first pruning
+        assert train_tiny(*RESUMED, '--max_runtime=3600') == 85
+    assert 'reason=max_runtime' in read_run(tmp_path / 'run')['paused']
+    saved = load_checkpoint(str(tmp_path / 'run'))
+    assert saved['step'] == 13 and saved['phase'] == 'main' and saved['masks'] and saved['optimizer'][0]['state']
     for key in ('w', 'gamma', 'u'):
         assert set(saved['procedure'][key]) == {n for n, t in saved['model'].items() if t.dim() >= 2}
     assert any(float(u.max()) > 0.1 for u in saved['procedure']['u'].values())
@@ -482,14 +422,12 @@ def test_time_limit_checkpoint_holds_everything(train_tiny, tmp_path, unbroken, 
 def interrupt_at(monkeypatch, step, *numbers):
     """Send this process signals while the given step (from 1) is under way, as if Ctrl-C were never ignored here."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    real = train.rate_at
     left = list(numbers)                                    # the rate is asked for several times a step
 
-    def rate(s, *more):
-        while s == step - 1 and left:
+    def press():
+        while left:
             os.kill(os.getpid(), left.pop(0))
-        return real(s, *more)
-    monkeypatch.setattr(train, 'rate_at', rate)
+    at_step(monkeypatch, step, press)
 
 
 @pytest.mark.parametrize('stop', (2, 9, 14, 21))
@@ -499,14 +437,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stop, train_tiny, tmp_path, monkeypa
         interrupt_at(patch, stop, signal.SIGINT, signal.SIGTERM)
         assert train_tiny(*RESUMED) == 85
     line = f'paused step={stop} reason=SIGINT; continue with --init_from=resume'
-    record = runs.read_run(str(tmp_path / 'run'))
+    record = read_run(str(tmp_path / 'run'))
     assert record['status'] == 'paused' and record['paused'] == line
     assert (tmp_path / 'run' / 'log.txt').read_text().rstrip('\n').endswith(line)
     shown = capfd.readouterr()
     assert line in shown.out and shown.err.count('interrupt: ') == 1 and 'second Ctrl-C' in shown.err
     assert train_tiny(*RESUMED, '--init_from=resume') == 0
     assert_same_run(tmp_path / 'run', unbroken)
-    assert 'paused' not in runs.read_run(str(tmp_path / 'run'))
+    assert 'paused' not in read_run(str(tmp_path / 'run'))
 
 
 def test_a_second_ctrl_c_leaves_at_once(train_tiny, tmp_path, monkeypatch, unbroken):
@@ -515,8 +453,8 @@ def test_a_second_ctrl_c_leaves_at_once(train_tiny, tmp_path, monkeypatch, unbro
         interrupt_at(patch, 9, signal.SIGINT, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             train_tiny(*RESUMED, '--checkpoint_time=1e-9')
-    assert runs.load_checkpoint(str(tmp_path / 'run'))['step'] == 8
-    runs.close_run_folders()                                # as at exit
+    assert load_checkpoint(str(tmp_path / 'run'))['step'] == 8
+    folders.close_run_folders()                                # as at exit
     assert train_tiny(*RESUMED, '--init_from=resume') == 0
     assert_same_run(tmp_path / 'run', unbroken)
 
@@ -525,11 +463,10 @@ def test_ctrl_c_while_scoring_leaves_that_to_a_resume(train_tiny, tmp_path, monk
     """All is saved by then: out at once with 85, and the same line where people look for it."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 22, signal.SIGINT)
-        patch.setattr(os, '_exit', sys.exit)
-        with pytest.raises(SystemExit) as left:
-            train_tiny(*RESUMED)
-    record = runs.read_run(str(tmp_path / 'run'))
-    assert left.value.code == 85 and record['status'] == 'paused' and '--init_from=resume' in record['paused']
+        left_by_exit(patch)
+        status = train_tiny(*RESUMED)
+    record = read_run(str(tmp_path / 'run'))
+    assert status == 85 and record['status'] == 'paused' and '--init_from=resume' in record['paused']
     assert (tmp_path / 'run' / 'log.txt').read_text().rstrip('\n').endswith(record['paused'])
     assert os.listdir(tmp_path) == ['run']                  # the lock is gone, although no atexit was run
     assert train_tiny(*RESUMED, '--init_from=resume') == 0
@@ -549,21 +486,20 @@ def test_killed_after_a_checkpoint_leaves_no_gap_and_no_repeat(train_tiny, tmp_p
     class Killed(BaseException):
         """Not an Exception: nothing may catch it."""
 
-    real_rate, real_save = train.rate_at, runs.save_checkpoint
+    def die():
+        raise Killed
 
-    def rate(s, *more):
-        if s == 16:
-            raise Killed
-        return real_rate(s, *more)
+    def save(path, checkpoint, *more):
+        if checkpoint['step'] <= 12:
+            save_checkpoint(path, checkpoint, *more)
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'rate_at', rate)
-        patch.setattr(runs, 'save_checkpoint', lambda path, c,
-                      *more: real_save(path, c, *more) if c['step'] <= 12 else None)
+        at_step(patch, 17, die)
+        patch.setattr(run, 'save_checkpoint', save)
         with pytest.raises(Killed):
             train_tiny(*RESUMED, '--checkpoint_time=1e-9', '--log_interval=1')
     with open(tmp_path / 'run' / 'train_loss.csv', 'a') as f:   # rows that reached the disk later
-        f.write('main,3,13,3328,9.9,0.1,1,1,5\nmain,3,14,3584,9.9,0.1,1,1,5\nmain,3,1')
-    assert runs.load_checkpoint(str(tmp_path / 'run'))['step'] == 12
+        f.write('main,3,13,3328,9.9,0.1,1,1,5,9.5\nmain,3,14,3584,9.9,0.1,1,1,5,9.75\nmain,3,1')
+    assert load_checkpoint(str(tmp_path / 'run'))['step'] == 12
     assert train_tiny(*RESUMED, '--init_from=resume', '--log_interval=1') == 0
     assert_same_run(tmp_path / 'run', unbroken)
     with open(tmp_path / 'run' / 'log.txt') as f:
@@ -574,14 +510,14 @@ def test_killed_after_a_checkpoint_leaves_no_gap_and_no_repeat(train_tiny, tmp_p
 def test_fp16_resume_keeps_the_loss_scale(train_tiny, tmp_path, monkeypatch):
     """Under fp16 the scaler's state decides which steps are skipped: it must come back with the rest."""
     flags = ('--dtype=float16', '--max_iters=6', '--final_train_blocks=0')
-    real = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *a, **k: real(*a, **dict(k, growth_interval=2)))
+    growing_fast = functools.partial(torch.amp.GradScaler, growth_interval=2)
+    monkeypatch.setattr(torch.amp, 'GradScaler', growing_fast)
     train_tiny(*flags, out='whole')
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert train_tiny(*flags, out='cut') == 85
     assert train_tiny(*flags, '--init_from=resume', out='cut') == 0
-    whole, cut = (runs.load_checkpoint(str(tmp_path / n)) for n in ('whole', 'cut'))
+    whole, cut = (load_checkpoint(str(tmp_path / n)) for n in ('whole', 'cut'))
     assert whole['scaler']['scale'] > 65536 and same(whole['scaler'], cut['scaler'])
     assert same(whole['model'], cut['model'])
 
@@ -589,10 +525,10 @@ def test_fp16_resume_keeps_the_loss_scale(train_tiny, tmp_path, monkeypatch):
 def test_init_from_takes_weights_and_masks_and_starts_at_step_0(train_tiny, tmp_path, unbroken):
     """init_from = a run: its weights and masks, which then hold, and a fresh optimiser and count."""
     assert train_tiny(f'--init_from={unbroken}', '--max_iters=5', '--final_train_blocks=0') == 0
-    parent, child = runs.load_checkpoint(str(unbroken)), runs.load_checkpoint(str(tmp_path / 'run'))
+    parent, child = load_checkpoint(str(unbroken)), load_checkpoint(str(tmp_path / 'run'))
     assert same(parent['masks'], child['masks']) and child['step'] == 5 and not same(parent['model'], child['model'])
     assert all(not child['model'][n][~m].any() for n, m in child['masks'].items())
-    assert child['parent']['sha256'] == runs.parent_of(str(unbroken))['sha256'] != ''
+    assert child['parent']['sha256'] == parent_of(str(unbroken))['sha256'] != ''
     first = float(losses_of(tmp_path / 'run')[0]['loss_nats'])
     assert abs(first - float(losses_of(unbroken)[-1]['loss_nats'])) < 0.5
 
@@ -667,11 +603,12 @@ def test_bad_knob_is_one_line_and_touches_nothing(flags, words, train_tiny, tmp_
 
 def test_finished_run_is_refused_without_overwrite(toy, unbroken):
     """Hours of training must not be replaced by a second launch, and a finished run has nothing to resume."""
-    before, argv = snapshot(unbroken), [*TINY, f'--out_dir={unbroken}', '--dataset=toy', f'--data_dir={toy}', *RESUMED]
+    before = snapshot(unbroken)
+    argv = ['train.py', *TINY, f'--out_dir={unbroken}', '--dataset=toy', f'--data_dir={toy}', *RESUMED]
     with pytest.raises(UserError, match='--overwrite'):
-        train.main(argv)
+        run_here(*argv)
     with pytest.raises(UserError, match='finished'):
-        train.main([*argv, '--init_from=resume'])
+        run_here(*argv, '--init_from=resume')
     assert snapshot(unbroken) == before
 
 
@@ -736,15 +673,16 @@ def test_pruning_needs_a_validation_split(train_tiny, tmp_path):
 
 
 @pytest.mark.parametrize('batch, ranks, micro', [(8, 3, 0), (4, 8, 0), (16, 2, 3)])
-def test_batch_that_ranks_cannot_share_shows_the_numbers(batch, ranks, micro):
+def test_batch_that_ranks_cannot_share_shows_the_numbers(batch, ranks, micro, train_tiny, monkeypatch):
     """The effective batch is one number; what does not divide it must be said with the nearest that does."""
-    knobs(f'--batch_size={batch}', f'--micro_batch_size={micro}')
+    monkeypatch.setenv('WORLD_SIZE', str(ranks))
     with pytest.raises(UserError, match=f'batch_size = {batch} is not a multiple of {ranks} ranks'):
-        train.check_knobs(K(), ranks)
+        train_tiny(f'--batch_size={batch}', f'--micro_batch_size={micro}')
 
 
 # --- as a user calls it ---
 
+@pytest.mark.slow
 def test_mistake_on_the_command_line_is_one_line_and_exit_1(tmp_path, toy):
     """A traceback where one line would do; nothing on stdout, nothing on disk."""
     done = run_script(os.path.join(ROOT, 'train.py'), '--alpha=-1', f'--data_dir={toy}', '--dataset=toy', cwd=tmp_path)
@@ -752,27 +690,45 @@ def test_mistake_on_the_command_line_is_one_line_and_exit_1(tmp_path, toy):
     assert done.stderr.startswith('error: alpha = -1.0, expected at least 0')
 
 
-SLOW_SCORING = """
-import sys, time
-import score, train
-real = score.evaluate
-score.evaluate = lambda *args, **named: time.sleep(60) if 'progress' in named else real(*args, **named)     # the end's
-sys.exit(train.main(sys.argv[1:]))
-"""
+def test_the_time_limit_counts_from_the_start(train_tiny, monkeypatch):
+    """max_runtime is what a queue grants a job: the timer runs before data are opened and a model is made."""
+    seen = []
+    real = data.open_data
+
+    def opening(*args, **named):
+        seen.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        return real(*args, **named)
+    monkeypatch.setattr(data, 'open_data', opening)
+    assert train_tiny('--max_iters=1', '--final_train_blocks=0', '--max_runtime=1e6') == 0
+    assert len(seen) == 3 and 0 < seen[0] <= 1e6
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)               # and ends with the run
 
 
-@pytest.mark.parametrize('max_iters', (5, 10**6))
-def test_time_limit_is_kept(max_iters, tmp_path, toy):
-    """max_runtime counts from the start and ends steps or the final scoring, which would take a minute more."""
-    (tmp_path / 'slow.py').write_text(SLOW_SCORING)
-    flags = [*TINY, f'--data_dir={toy}', '--dataset=toy', f'--max_iters={max_iters}', '--epochs=0']
-    flags += ['--train_only_on_leading_tokens=257', '--stop_epoch_at_batch=1', '--schedule=constant']
-    done = run_script(tmp_path / 'slow.py', *flags, '--max_runtime=4', cwd=tmp_path, timeout=50)
-    assert done.returncode == 85, done.stderr
-    assert runs.read_status(str(tmp_path / 'out' / 'run')) == 'paused'
-    assert ('reason=max_runtime' in (tmp_path / 'out' / 'run' / 'log.txt').read_text()) == (max_iters > 5)
+@pytest.mark.parametrize('phase', ('steps', 'scoring'))
+def test_time_limit_is_kept(phase, train_tiny, tmp_path, monkeypatch):
+    """The end of max_runtime ends steps after the one under way, and the final scoring, at once."""
+    real = score.evaluate
+    scored = []
+
+    def evaluate(*args, progress='', **named):
+        if progress:                                        # of the end's splits
+            scored.append(progress)
+            os.kill(os.getpid(), signal.SIGALRM)
+        return real(*args, progress=progress, **named)
+    monkeypatch.setattr(score, 'evaluate', evaluate)
+    left_by_exit(monkeypatch)
+    if phase == 'steps':
+        stop_at(monkeypatch, 3, signal.SIGALRM)
+    assert train_tiny('--max_iters=5', '--epochs=0', '--max_runtime=3600') == 85
+    assert read_status(tmp_path / 'run') == 'paused'
+    log = (tmp_path / 'run' / 'log.txt').read_text()
+    assert ('reason=max_runtime' in log) == (phase == 'steps')
+    assert ('while scoring by max_runtime' in log) == (phase == 'scoring')
+    assert scored == ([] if phase == 'steps' else ['train split'])
+    assert load_checkpoint(tmp_path / 'run')['step'] == (3 if phase == 'steps' else 5)
 
 
+@pytest.mark.slow
 def test_a_paused_process_exits_with_85_and_so_does_its_status(tmp_path, toy):
     """An sbatch file requeues on 85: from a real process that ran out of time."""
     done = run_script(os.path.join(ROOT, 'train.py'), *TINY, f'--data_dir={toy}', '--dataset=toy', '--max_runtime=1e-6',
@@ -784,25 +740,29 @@ def test_a_paused_process_exits_with_85_and_so_does_its_status(tmp_path, toy):
 
 MEMORY = '''
 import sys
-import torch
-import runs, train
-torch.set_num_threads(1)
-real, peak = train.rate_at, {}
+from conftest import run_here
+from training.plan import Schedule
+from training.process import rss_anon_bytes
+real = Schedule.rate
+peak = {}
 def rate(*more):
-    peak[name] = max(peak.get(name, 0), runs.rss_anon_bytes())
+    peak[name] = max(peak.get(name, 0), rss_anon_bytes())
     return real(*more)
-train.rate_at = rate
+Schedule.rate = rate
+folder, *flags = sys.argv[1:]
 for name in ('small', 'small', 'large'):
-    folder = f'--data_dir={sys.argv[1]}', f'--out_dir={sys.argv[1]}/run'
-    train.main([*sys.argv[2:], *folder, f'--dataset={name}', '--overwrite'])
-    peak[name] = max(peak[name], runs.rss_anon_bytes())
+    status = run_here('train.py', *flags, f'--data_dir={folder}', f'--out_dir={folder}/out', f'--dataset={name}',
+                      '--overwrite')
+    assert status == 0
+    peak[name] = max(peak[name], rss_anon_bytes())
 print(peak['small'], peak['large'])
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', ('permuted',))
 def test_memory_does_not_grow_with_the_data(tmp_path, order):
-    """LOG, fault 8: int64 data copied whole; a 2 GB train.bin must cost at most 50 MB more than one of 10 MB."""
+    """Int64 data copied whole; a 2 GB train.bin must cost at most 50 MB more than one of 10 MB."""
     for name, size in (('small', 10 << 20), ('large', 2 << 30)):
         write_dataset(str(tmp_path), name, sizes=(100, 3200, 100))
         os.truncate(tmp_path / name / 'train.bin', size)        # a sparse file: takes no space
@@ -815,42 +775,6 @@ def test_memory_does_not_grow_with_the_data(tmp_path, order):
     assert done.returncode == 0, done.stderr
     small, large = map(int, done.stdout.split('\n')[-2].split())
     assert 0 < small and large - small < 50 << 20
-
-
-MEMORY_PLAN = """
-import sys, threading, time, types
-import torch
-import torch.utils.checkpoint
-import model, runs, score, sparse, train
-from training import parallel, plan
-torch.optim.AdamW([torch.zeros(1)], fused=True)                 # loads 66 MiB of torch's own modules
-before, peak, stop = runs.rss_anon_bytes(), [0], []
-def watch():
-    while not stop:
-        peak[0] = max(peak[0], runs.rss_anon_bytes() - before)
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-train.main(sys.argv[1:])
-stop.append(1)
-thread.join()
-knobs = types.SimpleNamespace(**vars(train))
-parts = plan.memory_by_part(model.config_from_knobs(vars(train), 256), knobs, 1, 4)
-print('RATIO', sum(parts.values()) / peak[0])
-"""
-
-
-def test_memory_plan_is_near_the_measured_peak(tmp_path):
-    """--check's estimate within 15 % of the rise of peak RssAnon after imports, transformer4.1m."""
-    (tmp_path / 'memory.py').write_text(MEMORY_PLAN)
-    write_dataset(str(tmp_path), sizes=(8192, 20_000, 300))     # scoring has as much in flight as it may have
-    done = run_script(tmp_path / 'memory.py', '--model=transformer4.1m', '--block_size=256', '--batch_size=12',
-                      '--epochs=0', '--max_iters=2', '--final_train_blocks=0', '--procedure=pmmp', '--dtype=float32',
-                      '--device=cpu', f'--data_dir={tmp_path}', '--dataset=toy', f'--out_dir={tmp_path / "run"}',
-                      timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ratio = float(done.stdout.split('RATIO')[1])
-    assert 0.85 < ratio < 1.15, ratio
 
 
 # --- several ranks ---
@@ -876,42 +800,46 @@ def two_ranks(tmp_path_factory, toy):
     done = torchrun(2, os.path.join(ROOT, 'tests', 'ddp_worker.py'), folder / 'jobs.json')
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ('vanilla', 'rl1', 'drr', 'pmmp'):
-        assert train.main(argv(name, 'one')) == 0
+        assert run_here('train.py', *argv(name, 'one')) == 0
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ('vanilla', 'rl1', 'drr', 'pmmp'))
 def test_two_ranks_give_the_losses_of_one_process(name, two_ranks):
-    """A batch, penalty or loss that depends on the number of ranks; faults 5 and 7: sums over one rank's share."""
+    """A batch, penalty or loss that depends on the number of ranks; sums over one rank's share."""
     one, two = losses_of(two_ranks / 'one' / name), losses_of(two_ranks / 'two' / name)
     assert len(one) == len(two) == 20 and [r['tokens'] for r in one] == [r['tokens'] for r in two]
     assert max(abs(float(a['loss_nats']) - float(b['loss_nats'])) for a, b in zip(one[:16], two[:16])) < 1e-5
-    a, b = (runs.read_run(two_ranks / n / name) for n in ('one', 'two'))
+    a, b = (read_run(two_ranks / n / name) for n in ('one', 'two'))
     assert abs(a['epsilon'] - b['epsilon']) < 1e-4 and abs(a['non_zero_params'] / b['non_zero_params'] - 1) < 1e-2
     for key in ('mean_train_loss', 'mean_test_loss', 'final_val_loss'):
         assert abs(a[key] - b[key]) < 1e-3, key
     assert a['tokens_seen'] == b['tokens_seen'] and b['n_processes'] == 2
 
 
+@pytest.mark.slow
 def test_replicas_are_identical_after_200_pmmp_steps(two_ranks):
-    """LOG, fault 1: PMMP replicas drift apart; fault 7: per-rank thresholds in TAMADE give per-rank masks."""
+    """PMMP replicas drift apart; per-rank thresholds in TAMADE give per-rank masks."""
     saved = weights_of(two_ranks / 'two' / 'long')
     zero, one = (dict(zip(saved, torch.load(two_ranks / 'two' / 'long' / f'long-theta-{r}.pt'), strict=True))
                  for r in (0, 1))
     assert len(losses_of(two_ranks / 'two' / 'long')) == 204 and same(zero, one)
     assert same(zero, saved)
-    assert runs.read_run(two_ranks / 'two' / 'long')['n_prunings'] >= 2
+    assert read_run(two_ranks / 'two' / 'long')['n_prunings'] >= 2
     assert (zero['blocks.0.feed_forward.up.weight'] == 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ('pmmp', 'long'))
 def test_w_equals_theta_on_every_rank_at_the_start_of_main(name, two_ranks):
-    """LOG, faults 1 and 2: w copied from a per-rank random init, or before the prelude."""
+    """W copied from a per-rank random init, or before the prelude."""
     starts = [torch.load(two_ranks / 'two' / name / f'{name}-start-{r}.pt') for r in (0, 1)]
     assert same(starts[0]['w'], starts[0]['theta']) and same(starts[1]['w'], starts[1]['theta'])
     assert same(starts[0], starts[1])
 
 
+@pytest.mark.slow
 def test_a_signal_on_one_rank_pauses_all_and_resume_is_bit_exact(two_ranks):
     """A queue signals one process; ranks that stop at different steps hang, and resume must end on the same bits."""
     assert same(weights_of(two_ranks / 'two' / 'cut'), weights_of(two_ranks / 'two' / 'pmmp'))

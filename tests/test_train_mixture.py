@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import TINY, OneProcess, write_dataset
 
-import runs
 import train
 from configurator import UserError
 from corpus import mixture
 from corpus.data import open_mixture
+from training import process
+from training.checkpoint import load_checkpoint
+from training.folder import read_run
 
 
 @pytest.fixture
@@ -30,20 +32,20 @@ def train_mix(tmp_path):
 def test_a_run_draws_its_shares_and_records_them(train_mix, tmp_path):
     folder = train_mix('--max_iters=125')                   # 1,000 rows: exact
     drawn = {'a': 750 * 32, 'b': 250 * 32}
-    checkpoint, record = runs.load_checkpoint(folder), runs.read_run(folder)
+    checkpoint, record = load_checkpoint(folder), read_run(folder)
     assert checkpoint['drawn'] == record['drawn'] == drawn and checkpoint['tokens'] == 32_000
     assert record['data']['dataset'] == 'a:0.75,b:0.25' and record['mean_train_loss'] < 5 and record['mean_test_loss']
     with open(os.path.join(folder, 'log.txt')) as f:
         assert 'drawn_a=24000 drawn_b=8000' in f.read()
     with open(os.path.join(folder, 'train_loss.csv')) as f:
         assert [int(r['tokens']) for r in csv.DictReader(f)] == list(range(256, 32_001, 256))   # equal tokens
-    best = runs.load_checkpoint(os.path.join(folder, 'best.pt'))
+    best = load_checkpoint(os.path.join(folder, 'best.pt'))
     assert best['drawn'] == drawn
 
 
 @pytest.mark.parametrize('stop', [1, 7])
 def test_a_resumed_run_equals_an_unbroken_one(stop, train_mix, monkeypatch):
-    whole = runs.load_checkpoint(train_mix('--dropout=0.1', out='whole'))
+    whole = load_checkpoint(train_mix('--dropout=0.1', out='whole'))
     real = train.rate_at
 
     def rate(step, *more):
@@ -53,7 +55,7 @@ def test_a_resumed_run_equals_an_unbroken_one(stop, train_mix, monkeypatch):
     monkeypatch.setattr(train, 'rate_at', rate)
     train_mix('--dropout=0.1', status=85)
     monkeypatch.setattr(train, 'rate_at', real)
-    mine = runs.load_checkpoint(train_mix('--dropout=0.1', '--init_from=resume'))
+    mine = load_checkpoint(train_mix('--dropout=0.1', '--init_from=resume'))
     for name, tensor in whole['model'].items():
         assert torch.equal(tensor, mine['model'][name])
     assert json.dumps(whole['drawn']) == json.dumps(mine['drawn'])
@@ -72,7 +74,7 @@ def test_ranks_share_the_rows_of_a_mixture(world, train_mix, monkeypatch):
         return real(self, starts, length)
     monkeypatch.setattr(mixture.Mixture, 'gather', gather)
     for rank in range(world):
-        monkeypatch.setattr(runs, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
+        monkeypatch.setattr(process, 'Env', lambda *more, rank=rank: OneProcess(rank, world))
         train_mix('--max_iters=3', '--final_train_blocks=0', f'--micro_batch_size={8 // world}', '--overwrite')
     rows = [sum((seen[rank][step] for rank in range(world)), []) for step in range(3)]
     data = open_mixture(train.data_dir, 'a:0.75,b:0.25', 'train', 32)
@@ -82,11 +84,11 @@ def test_ranks_share_the_rows_of_a_mixture(world, train_mix, monkeypatch):
 def test_the_run_ends_where_the_first_source_is_exhausted(train_mix, capsys):
     """a has 128 blocks and 6 rows of 8 come from it: about 21 steps, known before the first."""
     folder = train_mix('--max_iters=500', '--stop_when=first_exhausted')
-    n_steps = runs.read_run(folder)['n_steps']
-    assert 18 < n_steps < 25 and runs.load_checkpoint(folder)['step'] == n_steps
-    drawn = runs.load_checkpoint(folder)['drawn']
+    n_steps = read_run(folder)['n_steps']
+    assert 18 < n_steps < 25 and load_checkpoint(folder)['step'] == n_steps
+    drawn = load_checkpoint(folder)['drawn']
     assert 120 * 32 <= drawn['a'] <= 4096 and f'the run has {n_steps} steps' in capsys.readouterr().out
-    assert runs.load_checkpoint(train_mix('--max_iters=500', out='on'))['step'] == 500
+    assert load_checkpoint(train_mix('--max_iters=500', out='on'))['step'] == 500
     train_mix('--check', '--max_iters=500', '--stop_when=first_exhausted', out='none', status=None)
     assert f'main                  {n_steps} steps of vanilla' in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 
-from configurator import UserError, knobs_of, require
+from configurator import RETIRED, UserError, knobs_of, refuse, require
 from corpus.bins import sha256_file
 
 CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
@@ -40,28 +40,38 @@ def save_checkpoint(path, checkpoint, keep_last=1):
     import torch
     import torch.distributed as dist
     path = os.fspath(path)
-    sharded, tmp = path.endswith('.sharded'), f'{path}.tmp'
+    sharded = path.endswith('.sharded')
+    tmp = f'{path}.tmp'
     checkpoint = dict(checkpoint, format=CHECKPOINT_FORMAT, versions=versions(), commit=commit_id())
     try:
         if sharded:
-            from training.parallel import save_sharded
-            if dist.get_rank() == 0:
-                remove(tmp)
-            dist.barrier()
-            save_sharded(tmp, checkpoint)
-            dist.barrier()
-            if dist.get_rank():
-                return
+            save_together(tmp, checkpoint)
         else:
             torch.save(checkpoint, tmp)
     except (OSError, RuntimeError) as e:
         remove(tmp)
         raise UserError(f'cannot save {path} ({e}); the previous checkpoint is untouched; free some space') from None
+    if sharded and dist.get_rank():
+        return
+
+    # The oldest is replaced by the next one, and so on; the new one comes last.
     for i in range(keep_last - 1, 0, -1):
         older = path if i == 1 else f'{path}.{i - 1}'
         if os.path.exists(older):
             replace(older, f'{path}.{i}')
     replace(tmp, path)
+
+
+def save_together(folder, checkpoint):
+    """Write a sharded checkpoint in an empty folder, all ranks at once; return when all have written."""
+    import torch.distributed as dist
+
+    from training.parallel import save_sharded
+    if dist.get_rank() == 0:
+        remove(folder)
+    dist.barrier()
+    save_sharded(folder, checkpoint)
+    dist.barrier()
 
 
 def remove(path):
@@ -82,7 +92,8 @@ def replace(path, target):
 def newest_checkpoint(folder):
     """Path of the checkpoint in a run folder, ckpt.pt or ckpt.sharded, the newer where there are both."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt.sharded')]
-    return max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
+    times = [os.path.getmtime(path) if os.path.exists(path) else 0 for path in paths]
+    return paths[times.index(max(times))]
 
 
 def others_beside(path):
@@ -101,32 +112,46 @@ def load_checkpoint(path, device='cpu'):
     Hugging Face folders, and hub ids, which is what names nothing here, come as huggingface.load makes them.
     """
     from training import huggingface
-    from training.untrusted import load_zip
     path = os.fspath(path)
     if huggingface.is_named_by(path):
         return huggingface.load(path)
-    sharded = os.path.exists(os.path.join(path, '.metadata')) or path.endswith('.sharded')
-    if os.path.isdir(path) and not sharded:
+    if os.path.isdir(path) and not is_sharded(path):
         path = newest_checkpoint(path)
-        sharded = path.endswith('.sharded')
     if not os.path.exists(path):
         raise UserError(f'no checkpoint at {path!r}; train one with python train.py config/sample_pmmp.py')
+    checkpoint = read_checkpoint(path, device)
+    check_format(checkpoint, path)
+    return checkpoint
+
+
+def is_sharded(path):
+    """Say whether a path is of a checkpoint that ranks wrote together."""
+    return path.endswith('.sharded') or os.path.exists(os.path.join(path, '.metadata'))
+
+
+def read_checkpoint(path, device):
+    """Read a file or a sharded folder; whatever goes wrong, for any reason, is a UserError of one line."""
+    from training.parallel import load_sharded
+    from training.untrusted import load_zip
     try:
-        if sharded:
-            from training.parallel import load_sharded
-            checkpoint = load_sharded(path)
-        else:
-            checkpoint = load_zip(path, device)
+        if is_sharded(path):
+            return load_sharded(path)
+        return load_zip(path, device)
     except Exception as e:
         reason = (str(e) or repr(e)).splitlines()[0][:90]
         raise UserError(f'{path} is damaged, cut short or not a checkpoint ({reason}); use an older one'
                         f'{others_beside(path)} or train again') from None
-    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
-    if found != CHECKPOINT_FORMAT:
-        newer = isinstance(found, str) and found.startswith('nanomdl-ckpt-')
-        cure = 'it was written by another version: update this repository' if newer else 'it is not one of ours'
-        raise UserError(f'{path} has format {found!r}, this version reads {CHECKPOINT_FORMAT!r}; {cure}')
-    return checkpoint
+
+
+def check_format(checkpoint, path):
+    """Refuse what is not a checkpoint of this version."""
+    name = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if name == CHECKPOINT_FORMAT:
+        return
+    cure = 'it is not one of ours'
+    if isinstance(name, str) and name.startswith('nanomdl-ckpt-'):
+        cure = 'it was written by another version: update this repository'
+    raise UserError(f'{path} has format {name!r}, this version reads {CHECKPOINT_FORMAT!r}; {cure}')
 
 
 def load_model(path, device='cpu', checkpoint=None):
@@ -143,9 +168,11 @@ def load_weights(model, checkpoint, path):
     from model import model_args
     if 'model' not in checkpoint:
         raise UserError(f'{path} holds the decoder of a probe, which is no model by itself; name its encoder')
-    mine, theirs = model_args(model), checkpoint['model_args']
-    differ = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine
-              if theirs.get(k) != mine[k] and k != 'dropout']
+    theirs = checkpoint['model_args']
+    differ = []
+    for name, value in model_args(model).items():
+        if theirs.get(name) != value and name != 'dropout':
+            differ.append(f'{name}: {theirs.get(name)!r} there, {value!r} here')
     if differ:
         raise UserError(f'{path} holds a model of another shape ({"; ".join(differ)}); use the shape of the checkpoint')
     model.load_state_dict(checkpoint['model'])
@@ -154,14 +181,14 @@ def load_weights(model, checkpoint, path):
 def load_encoder(model, path):
     """Copy the encoder of a checkpoint, or a plain model without its head, into a model's encoder."""
     require((getattr(model, 'encoder', None) is not None, f'encoder_ckpt = {path!r}: this model has no encoder'))
-    checkpoint, mine = load_checkpoint(path), model.encoder.state_dict()
-    args, prefix = checkpoint['model_args'], 'encoder.' if checkpoint['model_args'].get('wrapper') else ''
-    theirs = {n.removeprefix(prefix): t for n, t in checkpoint['model'].items()
-              if n.startswith(prefix) and not n.startswith('head.')}
-    if args['n_embd'] != model.config.n_embd:
-        raise UserError(f'{path} holds an encoder of width {args["n_embd"]}, this model has n_embd ='
+    checkpoint = load_checkpoint(path)
+    width = checkpoint['model_args']['n_embd']
+    if width != model.config.n_embd:
+        raise UserError(f'{path} holds an encoder of width {width}, this model has n_embd ='
                         f' {model.config.n_embd}; they must be the same')
-    shapes, expected = ({n: t.shape for n, t in state.items()} for state in (theirs, mine))
+    theirs = encoder_weights(checkpoint)
+    shapes = {name: t.shape for name, t in theirs.items()}
+    expected = {name: t.shape for name, t in model.encoder.state_dict().items()}
     if shapes != expected:
         strange = min(set(shapes.items()) ^ set(expected.items()))[0]
         raise UserError(f'{path} holds an encoder of another shape ({strange}); use its n_layer (as n_layer_encoder),'
@@ -169,33 +196,53 @@ def load_encoder(model, path):
     model.encoder.load_state_dict(theirs)
 
 
+def encoder_weights(checkpoint):
+    """Return {name: tensor} of a checkpoint's encoder; of a plain model's, all but its head."""
+    prefix = 'encoder.' if checkpoint['model_args'].get('wrapper') else ''
+    weights = {}
+    for name, tensor in checkpoint['model'].items():
+        if name.startswith(prefix) and not name.startswith('head.'):
+            weights[name.removeprefix(prefix)] = tensor
+    return weights
+
+
 def check_resume(start, path, data, config, fixed, script):
     """Refuse to continue a checkpoint on other data, or with other values of the knobs in `fixed`.
 
-    A checkpoint older than a knob of the script (its path) did what the knob's default does.
+    A checkpoint older than a knob of the script (its path) did what the knob's default does, and a script that has
+    lost a knob does what the knob's last value did.
     """
-    had = knobs_of(script)[0] | start['config']
-    require(*((start['data'][key] == data[key], f'cannot resume: {key} is {data[key]!r}, the checkpoint has'
-               f' {start["data"][key]!r}; use the original one, or init_from={path} for a new run')
-              for key in ('sha256', 'start_id')),
-            *((had[key] == config[key], f'cannot resume: {key} = {config[key]!r}, the checkpoint has {had[key]!r}')
-              for key in fixed))
+    problems = []
+    for key in ('sha256', 'start_id'):
+        before = start['data'][key]
+        if data[key] != before:
+            problems.append(f'cannot resume: {key} is {data[key]!r}, the checkpoint has {before!r}; use the original'
+                            f' one, or init_from={path} for a new run')
+    defaults, _ = knobs_of(script)
+    lost = {name: last for name, (last, _) in RETIRED.items()}
+    config = lost | config
+    had = lost | defaults | start['config']
+    for key in fixed:
+        if had[key] != config[key]:
+            problems.append(f'cannot resume: {key} = {config[key]!r}, the checkpoint has {had[key]!r}')
+    refuse(problems)
 
 
 def weights_alone(checkpoint):
     """Return a checkpoint without what only an optimiser needs, its weights in bfloat16."""
     import torch
-    return dict(checkpoint, model={n: t.to(torch.bfloat16) for n, t in checkpoint['model'].items()}, optimizer={},
-                scaler={}, procedure={})
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint['model'].items()}
+    return dict(checkpoint, model=weights, optimizer={}, scaler={}, procedure={})
 
 
 def parent_of(path):
     """Name and hash of the checkpoint that a new one descends from."""
     from training import huggingface
     if huggingface.is_named_by(path):
-        hashes = [sha256_file(f) for f in huggingface.weight_files(huggingface.folder_of(path))]
-        return dict(path=path, sha256=','.join(hashes))
+        files = huggingface.weight_files(huggingface.folder_of(path))
+        return dict(path=path, sha256=','.join(map(sha256_file, files)))
     if os.path.isdir(path) and not path.endswith('.sharded'):
         path = newest_checkpoint(path)
     identity = os.path.join(path, '.metadata') if os.path.isdir(path) else path
-    return dict(path=path, sha256=sha256_file(identity) if os.path.exists(identity) else '')
+    sha256 = sha256_file(identity) if os.path.exists(identity) else ''
+    return dict(path=path, sha256=sha256)

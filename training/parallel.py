@@ -18,40 +18,56 @@ def parallelise(model, env, compile=False, shard='', cpu_offload=False):
     in float32. set_sync(False) before a backward keeps its gradients on the rank, for accumulation.
     """
     if shard:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-        narrow = torch.bfloat16 if env.dtype == 'bfloat16' else None
-        options = dict(mesh=init_device_mesh(env.kind, (env.world,)),
-                       mp_policy=MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32),
-                       offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
-        for block in (*model.blocks, *getattr(getattr(model, 'encoder', None), 'blocks', ())):
-            fully_shard(block, **options)
-        fully_shard(model, reshard_after_forward=True, **options)  # a root left gathered would miss TAMADE's trials
+        shard_blocks(model, env, cpu_offload)
     step_model = torch.compile(model) if compile and env.kind == 'cuda' else model
     if shard:
         return step_model, model.set_requires_gradient_sync
-    if not (env.distributed and env.world > 1):
+    if not env.distributed or env.world == 1:
         return step_model, lambda on: None
+
     from torch.nn.parallel import DistributedDataParallel
-    step_model = DistributedDataParallel(step_model, device_ids=[env.local_rank] if env.kind == 'cuda' else None,
-                                         broadcast_buffers=False)           # position tables never change
-    return step_model, lambda on: setattr(step_model, 'require_backward_grad_sync', on)
+    devices = [env.local_rank] if env.kind == 'cuda' else None
+    step_model = DistributedDataParallel(step_model, device_ids=devices,
+                                         broadcast_buffers=False)       # position tables never change
+
+    def set_sync(on):
+        step_model.require_backward_grad_sync = on
+    return step_model, set_sync
+
+
+def shard_blocks(model, env, cpu_offload=False):
+    """Divide the rows of every parameter among the ranks by FSDP2, in place; a block is gathered when it is needed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    gathered_as = torch.bfloat16 if env.dtype == 'bfloat16' else None
+    options = dict(
+        mesh=init_device_mesh(env.kind, (env.world,)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=gathered_as, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+    blocks = list(model.blocks)
+    encoder = getattr(model, 'encoder', None)
+    if encoder is not None:
+        blocks += encoder.blocks
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, reshard_after_forward=True, **options)       # a root left gathered would miss TAMADE's trials
 
 
 def local(parameter):
     """Return what this rank holds of a parameter: itself, or its rows, sharing memory, with `whole` = the parameter."""
     if not hasattr(parameter, 'to_local'):                  # a DTensor; its module is slow to import
         return parameter
-    part = parameter.detach().to_local()
-    part.whole = parameter
-    return part
+    rows = parameter.detach().to_local()
+    rows.whole = parameter
+    return rows
 
 
 def take_gradients(tensors):
     """Move the gradients of sharded parameters to their local tensors; nothing to do for the others."""
     for t in tensors:
         if hasattr(t, 'whole'):
-            t.grad, t.whole.grad = t.whole.grad.to_local(), None
+            t.grad = t.whole.grad.to_local()
+            t.whole.grad = None
 
 
 def as_whole(tensor, like):
@@ -76,25 +92,34 @@ def full(tensor, like=None):
 
 def part(tensor, like):
     """Return this rank's part of a full tensor, on the device of `like`."""
+    if not tensor.dim():
+        return tensor
     whole = getattr(like, 'whole', None)
-    if whole is None or not tensor.dim():
-        return tensor.to(like.device) if tensor.dim() else tensor
+    if whole is None:
+        return tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor
     mesh = whole.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, whole.placements, src_data_rank=None).to_local().to(
-        like.device).clone()
+    tensor = tensor.to(mesh.device_type)
+    distributed = distribute_tensor(tensor, mesh, whole.placements, src_data_rank=None)
+    return distributed.to_local().to(like.device).clone()
 
 
 def optimizer_state(optimizer, likes, view):
     """Return an optimiser's state_dict with view(tensor, like) of its tensors; likes: a local tensor per parameter."""
-    saved = optimizer.state_dict()
-    return dict(saved, state={i: {key: view(t, likes[i]) for key, t in s.items()} for i, s in saved['state'].items()})
+    return viewed(optimizer.state_dict(), likes, view)
 
 
 def load_optimizer(optimizer, saved, likes):
     """Load a state_dict of full tensors."""
-    optimizer.load_state_dict(dict(saved, state={i: {key: part(t, likes[i]) for key, t in s.items()}
-                                                 for i, s in saved['state'].items()}))
+    optimizer.load_state_dict(viewed(saved, likes, part))
+
+
+def viewed(saved, likes, view):
+    """Return a copy of an optimiser's state_dict with view(tensor, like) in place of each tensor."""
+    state = {}
+    for i, moments in saved['state'].items():
+        state[i] = {key: view(tensor, likes[i]) for key, tensor in moments.items()}
+    return dict(saved, state=state)
 
 
 def parameters_of(optimizer):
@@ -105,16 +130,20 @@ def parameters_of(optimizer):
 def norm_of(tensors, env):
     """Euclidean norm over all gradients, and over the ranks where they are sharded."""
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors])
-    return env.sum(norm.square()).sqrt() if hasattr(tensors[0], 'whole') else norm
+    if hasattr(tensors[0], 'whole'):
+        norm = env.sum(norm.square()).sqrt()
+    return norm
 
 
 def held_bytes(tensors, optimizers):
     """Bytes that this rank holds: local tensors, and the tensors and state of optimisers."""
-    held = {id(t): t for t in tensors}
+    held = list(tensors)
     for optimizer in optimizers:
-        held |= {id(t): t for t in parameters_of(optimizer)}
-        held |= {id(t): t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)}
-    return sum(t.numel() * t.element_size() for t in held.values())
+        held += parameters_of(optimizer)
+        for moments in optimizer.state.values():
+            held += [t for t in moments.values() if torch.is_tensor(t)]
+    once = {id(t): t for t in held}
+    return sum(t.numel() * t.element_size() for t in once.values())
 
 
 # --- sharded checkpoints: each rank writes its part ---
@@ -132,11 +161,14 @@ def _pull_out(tree, key, tensors):
 
 
 def _put_back(tree, tensors):
+    """Undo _pull_out: return the tree with the tensors in their places."""
     if isinstance(tree, tuple) and len(tree) == 2 and tree[0] == 'tensor':
         return tensors[tree[1]]
     if isinstance(tree, dict):
         return {k: _put_back(v, tensors) for k, v in tree.items()}
-    return [_put_back(v, tensors) for v in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list):
+        return [_put_back(v, tensors) for v in tree]
+    return tree
 
 
 def save_sharded(folder, checkpoint):
@@ -157,7 +189,9 @@ def save_sharded(folder, checkpoint):
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, checksums)
     if rank == 0:
-        untrusted.write_checksums(folder, {name: crc for part in gathered for name, crc in part.items()})
+        for others in gathered:
+            checksums.update(others)
+        untrusted.write_checksums(folder, checksums)
 
 
 def load_sharded(folder):

@@ -6,11 +6,14 @@
     while ...:
         run.begin_step()
         sums = run.reduce(sums)                                         one reduction: losses, stop?, checkpoint due?
-        run.end_step(n_scored)
-        run.log_step(...)
-        if run.must_pause(n_steps): sys.exit(run.pause(save))
+        run.end_step(n_scored, sums, loss)
+        run.log_row(values)
+        if run.stop or run.save_due: run.save(checkpoint)
+        if run.stop: sys.exit(run.pause())
     run.end()
     run.finish(totals)
+
+A study of several runs in one process (lab/probe.py) is a Run without logs, the `whole` of its runs.
 
 Rank 0 alone writes. A checkpoint holds the counters; wall-clock time is counted over all resumptions.
 """
@@ -59,22 +62,25 @@ class Run:
     """The folder, record, logs, bar, clock and checkpoints of a run on one of its ranks.
 
     config: its knobs. env: training.process.Env. signals: StopSignals. counters {name: number}: what a checkpoint keeps
-    beside step, tokens and seconds; start: the checkpoint that is continued, or {}.
+    beside step, tokens and seconds; start: the checkpoint that is continued, or {}. whole: the Run of a study that this
+    run is a part of (lab/probe.py); it pauses where a part does, and the process is its own to end.
     """
 
-    def __init__(self, out_dir, config, env, signals, counters=None, start=None):
+    def __init__(self, out_dir, config, env, signals, counters=None, start=None, whole=None):
         self.out_dir = out_dir
         self.checkpoint_time = config['checkpoint_time']
         self.log_every = config['log_every']
         self.config = config
         self.env = env
         self.signals = signals
+        self.whole = whole
         self.counters = dict(step=0, tokens=0, train_seconds=0.0, step_seconds=0.0, final_train_loss=math.nan,
                              **(counters or {}))
         self.counters.update({name: start[name] for name in self.counters if start and name in start})
         self.stop = False
         self.save_due = False
         self.skipped = 0
+        self.log = None
         self.wandb = None
 
     @property
@@ -86,6 +92,7 @@ class Run:
     def open(self, columns, overwrite=False, resume=False, parents=(), wandb_project='', **facts):
         """Take the folder and open run.json, log.txt and train_loss.csv; facts go to run.json.
 
+        columns: of train_loss.csv; () for a study, which has no logs beside those of its runs.
         parents: checkpoints that the run reads, which may not lie in a folder that is about to be cleared.
         wandb_project: '' = no wandb.
         """
@@ -95,7 +102,7 @@ class Run:
             open_run_folder(self.out_dir, overwrite, resume, parents)
         self.env.barrier()
         self.record = RunRecord(self.out_dir, self.config, self.env, **facts)
-        if self.env.main:
+        if self.env.main and columns:
             self.log, self.loss_file, self.loss_csv = open_logs(self.out_dir, columns, self.step)
         if wandb_project and self.env.main:
             import wandb
@@ -217,8 +224,11 @@ class Run:
 
     def pause(self):
         """Say that the run was saved and waits; returns the exit status."""
+        reason = self.signals.received or 'rank'
         self.bar.close()
-        self.note(self.record.pause(f"step={self.step} reason={self.signals.received or 'rank'}", step=self.step))
+        self.note(self.record.pause(f'step={self.step} reason={reason}', step=self.step))
+        if self.whole:
+            self.whole.record.pause(f'at {os.path.basename(self.out_dir)} by {reason}')
         self.close()
         return PAUSED
 
@@ -226,10 +236,19 @@ class Run:
         """From here on, where all is saved and only scoring is left, a signal ends the run at once."""
         self.signals.leave_at_once(self._leave)
 
+    @contextlib.contextmanager
+    def scoring(self):
+        """Let a signal end the run at once while what is done inside lasts; after it, signals wait for a step again."""
+        self.leave_at_once()
+        yield
+        self.signals.leave_at_once(None)
+
     def _leave(self):
         line = self.record.pause(f'while scoring by {self.signals.received}')
-        if self.env.main:
+        if self.log:
             self.log.write(f'{time.strftime("%H:%M:%S")} {line}\n')
+        if self.whole:
+            self.whole._leave()
         close_run_folders()
         os._exit(PAUSED)
 
@@ -238,9 +257,16 @@ class Run:
         words = [f'{name}={value:.5g}' if isinstance(value, float) else f'{name}={value}'
                  for name, value in totals.items()]
         self.note('done ' + ' '.join(words), **{name: value for name, value in totals.items() if value})
-        self.signals.close()
-        self.record.update(status='done', **totals)
-        self.close()
+        self.done(**totals)
+
+    def done(self, **facts):
+        """Mark the run as done, with facts for run.json, and leave the process in order, if no other run follows."""
+        if not self.whole:
+            self.signals.close()
+            commit_run_folders()
+        self.record.update(status='done', **facts)
+        if not self.whole:
+            self.close()
 
     def close(self):
         """Wait for the other ranks, for the first to go may end them."""

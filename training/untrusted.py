@@ -1,7 +1,7 @@
 """Read what torch wrote, trusting nothing: zips after their checksums, a sharded folder's .metadata as inert records.
 
-Imported by ckpt.py and parallel.py. Whatever is wrong is a ValueError, or an error of zipfile, pickle or torch, whose
-first line says what; ckpt.load_checkpoint makes one line of it.
+Imported by checkpoint.py and parallel.py. Whatever is wrong is a ValueError, or an error of zipfile, pickle or torch,
+whose first line says what; checkpoint.load_checkpoint makes one line of it.
 
 torch checks no checksum of its zips, and its reader of sharded folders unpickles .metadata, which may run any code.
 Here every class in that file becomes a Record, which has no behaviour, and the pieces are read by weights_only.
@@ -115,7 +115,8 @@ def inside(folder, name):
 class Record:
     """An object of .metadata: the name of its class and what was pickled of it, which nothing has interpreted."""
 
-    name, state = '', None
+    name = ''
+    state = None
 
     def __new__(cls, *arguments):
         record = object.__new__(cls)
@@ -135,9 +136,8 @@ class Unpickler(pickle._Unpickler):
     def find_class(self, module, name):
         if (module, name) == ('torch', 'Size'):
             return tuple
-        found = getattr(torch, name, None) if module == 'torch' else None
-        if isinstance(found, torch.dtype):
-            return found
+        if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
         if name not in ADMITTED.get(module, ()):
             raise ValueError(f'{METADATA} names {module}.{name}, which no checkpoint of ours does')
         return type(name, (Record,), dict(name=name))
@@ -192,7 +192,8 @@ def read_metadata(folder):
     """
     with open(regular(os.path.join(folder, METADATA)), 'rb') as f:
         metadata = state_of(Unpickler(io.BytesIO(f.read())).load(), 'Metadata')
-    tensors, storage = metadata.get('state_dict_metadata'), metadata.get('storage_data')
+    tensors = metadata.get('state_dict_metadata')
+    storage = metadata.get('storage_data')
     if not isinstance(tensors, dict) or not isinstance(storage, dict):
         raise ValueError(f'{METADATA} lists no tensors')
 
@@ -229,12 +230,13 @@ def layout_of(key, entry, places):
     pieces.sort(key=lambda piece: piece.row)
 
     # A gap would be filled with whatever was in memory.
+    n_rows = shape[0] if shape else 1
     row = 0
     for piece in pieces:
         if piece.row != row:
             raise ValueError(f'the pieces of {key!r} do not follow one another')
         row += piece.shape[0] if shape else 1
-    if row != (shape[0] if shape else 1) and math.prod(shape):
+    if row != n_rows and math.prod(shape):
         raise ValueError(f'the pieces of {key!r} do not make a tensor of shape {shape}')
     return Layout(dtype, shape, pieces)
 
@@ -249,13 +251,16 @@ def piece_of(key, shape, offsets, sizes, places):
     place = places[key, offsets]
     if place.get('transform_descriptors'):
         raise ValueError(f'a piece of {key!r} is compressed')
-    return Piece(offsets[0] if offsets else 0, sizes, place.get('relative_path'), natural(place.get('offset')),
-                 natural(place.get('length')))
+    row = offsets[0] if offsets else 0
+    start = natural(place.get('offset'))
+    length = natural(place.get('length'))
+    return Piece(row, sizes, place.get('relative_path'), start, length)
 
 
 def check_lengths(folder, layouts):
     """Compare what the pieces claim with the lengths of the files that hold them."""
-    claimed, lengths = {}, {}
+    claimed = {}                                    # bytes of each file, by its pieces
+    lengths = {}                                    # by the file system
     for key, layout in layouts.items():
         for piece in layout.pieces:
             if piece.file not in lengths:

@@ -5,16 +5,18 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import run_here
 from test_train import THREE_PHASES, assert_resumes, stop_at
 
-import compress
-import runs
 import score
 from codec import weights
 from codec.grid import Grid, choose_codes
 from configurator import UserError
 from corpus.data import open_split
 from model import GPT, ModelConfig, build, model_args
+from training.checkpoint import load_checkpoint, load_model
+from training.folder import read_run
+from training.process import Env
 
 GRID = ('--qat_bits=4', '--qat_rows=8')
 OPTIONS = [dict(), dict(norm='rmsnorm', bias=False, qk_norm=True, positions='rotary', tied=True),
@@ -117,9 +119,9 @@ def test_the_archive_holds_the_model_that_was_trained(train_tiny, tmp_path, toy)
     flags = ('--do_pruning', '--epochs=1', '--epochs_fine_tuning=1', '--tolerated_relative_loss_increase=0.05')
     assert train_tiny(*flags, *GRID) == 0
     run, archive = tmp_path / 'run', tmp_path / 'toy.mdl'
-    checkpoint = runs.load_checkpoint(run)
+    checkpoint = load_checkpoint(run)
     text = os.path.join(toy, 'toy', 'train.bin')
-    assert compress.main(['pack', str(run), text, str(archive), '--no-verify', '--no-progress']) == 0
+    assert run_here('compress.py', 'pack', run, text, archive, '--no-verify', '--no-progress') == 0
     from codec.container import read_archive
     sections = read_archive(archive.read_bytes(), str(archive))[3]
     args = checkpoint['model_args']
@@ -129,12 +131,12 @@ def test_the_archive_holds_the_model_that_was_trained(train_tiny, tmp_path, toy)
         used = folded[n].any(1) if n != 'embed.weight' else written[n].any(1)       # rows of unused bytes are dropped
         assert np.allclose(written[n][used], folded[n][used], rtol=1e-5, atol=1e-9), n
         assert (folded[n] == 0).mean() > 0.01
-    before = score.evaluate(build(args), open_split(toy, 'toy', 'train'), 32, 8, runs.Env('cpu', 'float32'))
+    before = score.evaluate(build(args), open_split(toy, 'toy', 'train'), 32, 8, Env('cpu', 'float32'))
     written.update({n: w for n, w in folded.items() if n not in checkpoint['grid']})
-    after = [score.evaluate(m, open_split(toy, 'toy', 'train'), 32, 8, runs.Env('cpu', 'float32'))['loss_nats']
-             for m in (weights.load_folded(build(args), written), runs.load_model(run)[0])]
+    after = [score.evaluate(m, open_split(toy, 'toy', 'train'), 32, 8, Env('cpu', 'float32'))['loss_nats']
+             for m in (weights.load_folded(build(args), written), load_model(run)[0])]
     assert after[0] == pytest.approx(after[1], rel=1e-6) and after[1] < before['loss_nats'] - 1
-    assert runs.read_run(run)['mean_train_loss'] == pytest.approx(after[1], rel=1e-6)
+    assert read_run(run)['mean_train_loss'] == pytest.approx(after[1], rel=1e-6)
 
 
 def test_a_penalty_on_bits_makes_smaller_weights(train_tiny, tmp_path):
@@ -142,7 +144,7 @@ def test_a_penalty_on_bits_makes_smaller_weights(train_tiny, tmp_path):
     sizes = []
     for i, strength in enumerate((0, 30)):
         assert train_tiny('--epochs=1', '--epochs_fine_tuning=4', *GRID, f'--bits_lambda={strength}', out=f'{i}') == 0
-        checkpoint = runs.load_checkpoint(tmp_path / f'{i}')
+        checkpoint = load_checkpoint(tmp_path / f'{i}')
         folded = weights.fold(checkpoint['model'], checkpoint['model_args'])
         tensors = weights.quantise(folded, {n: np.ones_like(w) for n, w in folded.items()}, 1e-3, checkpoint['grid'])
         sizes.append(len(weights.encode(tensors, checkpoint['model_args'])))
@@ -185,7 +187,7 @@ def test_training_goes_through_the_grid(train_tiny, tmp_path, monkeypatch):
     assert len(seen) == len(rates) == 16 and max(seen) < 1e-3
     assert moved and 0 < max(moved) < 2e-5 < 0.01 * max(float(s.max()) for s in scales_of(grids[-1]))
     assert rates[0] == pytest.approx(3 * math.log(2) / 4096)
-    best = runs.load_checkpoint(os.path.join(tmp_path, 'run', 'best.pt'))
+    best = load_checkpoint(os.path.join(tmp_path, 'run', 'best.pt'))
     kept = Grid(best['model'], best['grid'])
     assert off_grid(kept.theta, scales_of(kept)) < 1e-3
 

@@ -9,12 +9,13 @@ import torch
 from conftest import TINY, run_here, write_dataset
 from torch.nn import functional as F
 
-import runs
 import train
 from configurator import UserError
 from corpus import bins
 from lab import diversity
 from model import GPT, ModelConfig
+from training.checkpoint import load_model
+from training.folder import read_run
 
 
 def tiny_model(**options):
@@ -96,7 +97,7 @@ def test_embedding_of_a_gpt2_folder_is_that_of_the_definition(tmp_path):
                                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / 'gpt2')
-    model, _ = runs.load_model(str(tmp_path / 'gpt2'))
+    model, _ = load_model(str(tmp_path / 'gpt2'))
     model.eval().requires_grad_(False)
     x, uniforms, head = torch.randint(0, 60, (5, 16)), torch.rand(5, 16), torch.randn(60, 16)
     modules = [m for n, m in theirs.transformer.named_modules() if hasattr(m, 'weight')]
@@ -180,7 +181,7 @@ def measure(home, out, *flags):
 def test_numbers_travel_with_their_protocol(home, tmp_path, capsys):
     assert measure(home, tmp_path / 'd', '--dataset=one,two,mix,one+two', '--data_mix=one:3,two:1',
                    '--eval_sets=two', '--n_batches=4', '--max_tokens=6000') == 0
-    record = runs.read_run(str(tmp_path / 'd'))
+    record = read_run(str(tmp_path / 'd'))
     assert [row['data'] for row in record['rows']] == ['one', 'two', 'mix', 'one+two'] and len(record['cross']) == 6
     for row in record['rows'] + record['cross']:
         assert (row['n_sequences'], row['sequence_length'], row['seed'], row['tokenizer']) == (16, 32, 0, 'byte')
@@ -214,14 +215,14 @@ def test_interrupted_measurement_goes_on_and_later_sets_join(home, tmp_path, mon
     assert len(kept) == 4                                   # two kept, the third asked for twice
     measure(home, tmp_path / 'd', '--dataset=one,two')
     assert len(kept) == 7                                   # those of two alone
-    whole, mine = (runs.read_run(str(tmp_path / name)) for name in ('whole', 'd'))
+    whole, mine = (read_run(str(tmp_path / name)) for name in ('whole', 'd'))
     assert whole['rows'] == mine['rows'] and whole['cross'] == mine['cross']
 
 
 def test_constant_text_and_random_tokens_enclose_real_text(home, tmp_path, capsys):
     """The self-test of the measure, at the size where random tokens are a bound: 512 of them miss 13 % of 256 ids."""
     assert measure(home, tmp_path / 'd', '--dataset=one', '--bounds', '--n_batches=6') == 0
-    found = {row['data']: row['diversity'] for row in runs.read_run(str(tmp_path / 'd'))['rows']}
+    found = {row['data']: row['diversity'] for row in read_run(str(tmp_path / 'd'))['rows']}
     assert found['constant'] < found['one'] < found['random'] and 'no upper bound' not in capsys.readouterr().out
     diversity.check_bounds(of_diversities(0.5, 0.1, 0.3), 256, PROTOCOL)
     assert 'random tokens are no upper bound here: 2,048 of them hold all 256' in capsys.readouterr().out

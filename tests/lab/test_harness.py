@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import OneProcess, run_here
 
-import runs
 from configurator import UserError
 from lab import harness
 from model import GPT, ModelConfig, model_args
+from training.checkpoint import load_model, save_checkpoint
+from training.folder import read_run
 
 T = 24
 
@@ -23,7 +24,7 @@ def saved(tmp_path_factory):
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     path = tmp_path_factory.mktemp('harness') / 'ckpt.pt'
-    runs.save_checkpoint(str(path), dict(model=model.state_dict(), model_args=model_args(model), masks={}, config={},
+    save_checkpoint(str(path), dict(model=model.state_dict(), model_args=model_args(model), masks={}, config={},
                                          data=dict(dataset='', sha256='', tokenizer='byte', start_id=10)))
     return str(path), model.eval()
 
@@ -41,7 +42,7 @@ def nats(model, context, target):
 def test_scores_are_one_forward_per_token(saved, rows):
     """Contexts long and short, empty, with spaces at the end; continuations of several bytes; greedy or not."""
     path, model = saved
-    scorer = harness.Scorer(*runs.load_model(path), OneProcess(), rows, 256, path)
+    scorer = harness.Scorer(*load_model(path), OneProcess(), rows, 256, path)
     pairs = [('one two', ' three'), ('', 'abc'), ('x' * 50, ' yz'), ('a b ', 'c'), ('é', 'ü')]
     best = bytes([int(model(torch.tensor([[10, 97]]))[0, -1].argmax())]).decode('latin-1')
     found = scorer.loglikelihood(asked(*pairs, ('\na', best)))
@@ -64,7 +65,7 @@ def test_scores_are_one_forward_per_token(saved, rows):
 def test_generation_is_greedy_and_stops(saved):
     """Bytes of highest probability, cut before the stop string."""
     path, model = saved
-    scorer, ids, text = harness.Scorer(*runs.load_model(path), OneProcess(), 2, 256, path), list(b'\nab'), b''
+    scorer, ids, text = harness.Scorer(*load_model(path), OneProcess(), 2, 256, path), list(b'\nab'), b''
     with torch.no_grad():
         for _ in range(6):
             text += bytes([int(model(torch.tensor([ids + list(text)]))[0, -1].argmax())])
@@ -106,7 +107,7 @@ metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
     argv = ['--tasks=tiny_choice,tiny_text', f'--task_folder={tmp_path}', '--device=cpu', '--out_dir=o']
     assert run_here('lab/harness.py', f'--from_ckpt={saved[0]}', *argv) == 0
     assert 'tiny_choice' in capsys.readouterr().out
-    mine = runs.read_run('o')
+    mine = read_run('o')
     with pytest.raises(UserError, match="knows no task 'nothing'"):
         run_here('lab/harness.py', f'--from_ckpt={saved[0]}', *argv, '--tasks=nothing')
     pytest.importorskip('accelerate')               # what lm_eval's own hf model needs

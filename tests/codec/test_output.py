@@ -1,4 +1,4 @@
-"""What compress.py writes: never over its input, whole or not at all, to any kind of target, and nothing left behind.
+"""codec/output.py and what compress.py writes with it: never over its input, whole or not at all, nothing left behind.
 
 Devices are named through links in a test's folder, so that a fault, run by root, cannot replace the machine's own.
 """
@@ -13,16 +13,17 @@ import stat
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script, snapshot
+from conftest import ROOT, run_here, run_script, snapshot
 
 import compress
-from codec import container, online
+from codec import container, online, output, twopart
 from configurator import UserError
 from model import GPT, ModelConfig, model_args
-from runs import save_checkpoint
+from training.checkpoint import save_checkpoint
 
 NOISE = random.Random(5).randbytes(5000)            # stored as it is: quick, and longer than a block of a file system
 LITTLE = ('--no-verify', '--no-progress', '--weight_bits=6', '--streams=4', '--online_n_layer=1', '--online_n_embd=32',
@@ -32,8 +33,8 @@ LITTLE = ('--no-verify', '--no-progress', '--weight_bits=6', '--streams=4', '--o
 def write_stored(path, raw=NOISE):
     """Write the archive of a file that no model made smaller."""
     head = dict(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
-    with container.Output(str(path)) as out:
-        container.write_archive(out, container.TWO_PART, head, {}, [(container.STORED, len(raw), raw, raw)])
+    with output.Output(str(path)) as out:
+        container.write_archive(out, container.TWO_PART, head, {}, [container.smaller_block(len(raw), raw, raw)])
         out.commit()
 
 
@@ -66,15 +67,15 @@ each_verb = pytest.mark.parametrize('verb', WRITERS)
 
 def write(verb, *more):
     """Run a verb that writes, on its own input, with a target and flags."""
-    return compress.main([*WRITERS[verb], *more, *LITTLE])
+    return run_here('compress.py', *WRITERS[verb], *more, *LITTLE)
 
 
 def result_of(verb, path):
     """Return the original bytes that a verb's output stands for."""
     if verb == 'unpack':
         return path.read_bytes()
-    opened = compress.open_archive(str(path))
-    return b''.join(compress.decoded(str(path), opened, 'verify'))
+    archive = container.open_archive(str(path))
+    return b''.join(compress.decoded(str(path), archive, 'verify', SimpleNamespace(**compress.config)))
 
 
 # --- names ---
@@ -103,12 +104,13 @@ def test_a_checkpoints_folder_is_input(place):
     before = snapshot(place)
     for name in ('run/ckpt.pt', './run/../run/ckpt.pt'):
         with pytest.raises(UserError, match="over the input 'run'"):
-            compress.main(['pack', 'run', 'text', name, '-f', *LITTLE])
+            run_here('compress.py', 'pack', 'run', 'text', name, '-f', *LITTLE)
     assert snapshot(place) == before
     for flags in ((), ('-f',)):
-        assert compress.main(['pack', 'run', 'text', 'run/text.mdl', *flags, *LITTLE]) == 0
+        assert run_here('compress.py', 'pack', 'run', 'text', 'run/text.mdl', *flags, *LITTLE) == 0
 
 
+@pytest.mark.slow
 def test_redirected_input_is_an_input(place):
     """unpack - X < X, and with standard output appended to the input."""
     command = [sys.executable, os.path.join(ROOT, 'compress.py'), 'unpack']
@@ -157,7 +159,7 @@ def test_an_archive_of_another_name_gives_no_name(place):
     os.link('archive', '.mdl')
     for name in ('archive', '.mdl'):
         with pytest.raises(UserError, match='does not end in .mdl, so name the FILE'):
-            compress.main(['unpack', name])
+            run_here('compress.py', 'unpack', name)
 
 
 @pytest.mark.parametrize('name, command', [
@@ -169,7 +171,7 @@ def test_a_folder_is_answered_with_the_tar_command(place, name, command):
     for verb in (['pack', 'ckpt.pt'], ['online']):
         for target in ([], ['target']):
             with pytest.raises(UserError, match='is a folder, expected a file') as e:
-                compress.main([*verb, name, *target])
+                run_here('compress.py', *verb, name, *target)
             assert command in str(e.value) and '\n' not in str(e.value)
     assert not os.path.exists('target')
 
@@ -187,8 +189,8 @@ def test_refused_before_any_work(place, monkeypatch, verb, target, message):
 
     def work(*_):
         raise AssertionError('the input has been read')
-    monkeypatch.setattr(container, 'read_input', work)
-    monkeypatch.setattr(online, 'read_input', work)
+    for module in (container, online, twopart):
+        monkeypatch.setattr(module, 'read_input', work)
     before = snapshot(place)
     for flags in ((), ('-f',)):
         with pytest.raises(UserError, match=message):
@@ -244,6 +246,7 @@ def test_devices_are_written_through(place, verb):
     assert sorted(os.listdir(place)) == before
 
 
+@pytest.mark.slow
 def test_verified_without_a_name(place):
     """Archives to a pipe are decoded before a byte comes out, whether the original can be read again or not."""
     script = [sys.executable, os.path.join(ROOT, 'compress.py')]
@@ -255,6 +258,7 @@ def test_verified_without_a_name(place):
         assert result_of('pack', place / 'piped') == NOISE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['text', '-'])
 def test_an_archive_that_fails_verification_is_not_kept(place, monkeypatch, source):
     """The fresh process compares with the original, on disk and from a pipe, for a file and for a stream."""
@@ -264,19 +268,19 @@ def test_an_archive_that_fails_verification_is_not_kept(place, monkeypatch, sour
     def write_another(out, kind, head, sections, blocks):
         raw = b'another text'
         head = dict(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
-        return write_archive(out, kind, head, {}, [(container.STORED, len(raw), raw, raw)])
-    monkeypatch.setattr(container, 'write_archive', write_another)
-    monkeypatch.setattr(container, 'read_input', lambda path: NOISE)
+        return write_archive(out, kind, head, {}, [container.smaller_block(len(raw), raw, raw)])
+    monkeypatch.setattr(twopart, 'write_archive', write_another)
+    monkeypatch.setattr(twopart, 'read_input', lambda path: NOISE)
     before = snapshot(place)
     for target in ('target', 'null'):
         with pytest.raises(UserError, match='does not decode to the file and was not kept'):
-            compress.main(['pack', 'ckpt.pt', source, target, *LITTLE, '--verify'])
+            run_here('compress.py', 'pack', 'ckpt.pt', source, target, *LITTLE, '--verify')
     assert snapshot(place) == before
 
 
 def test_a_name_taken_meanwhile(place, monkeypatch):
     """Another program's file of the same name is left alone, and what was written is not lost."""
-    out = container.Output('target')
+    out = output.Output('target')
     with pytest.raises(UserError, match="'target' has been made by another program since") as e, out:
         out.write(NOISE)
         (place / 'target').write_bytes(b'precious')
@@ -291,7 +295,7 @@ def test_file_systems_without_hard_links(place, monkeypatch):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
     monkeypatch.setattr(os, 'link', no_link)
     assert write('unpack', 'target') == 0 and (place / 'target').read_bytes() == NOISE
-    with pytest.raises(UserError, match='made by another program'), container.Output('other') as out:
+    with pytest.raises(UserError, match='made by another program'), output.Output('other') as out:
         (place / 'other').write_bytes(b'precious')
         out.commit()
     assert (place / 'other').read_bytes() == b'precious'
@@ -320,11 +324,11 @@ class FewBytes:
 def test_everything_is_written_or_it_is_an_error():
     """Short writes go on to the last byte; the error of the one that takes nothing is not lost."""
     file = FewBytes(1000)
-    container.write_all(file, NOISE[:1000])
+    output.write_all(file, NOISE[:1000])
     assert file.taken == NOISE[:1000]
     file = FewBytes(999)
     with pytest.raises(OSError):
-        container.write_all(file, NOISE[:1000])
+        output.write_all(file, NOISE[:1000])
 
 
 def test_a_pipe_that_does_not_wait(place):
@@ -340,7 +344,7 @@ def test_a_pipe_that_does_not_wait(place):
     data = bytes(1 << 20)
     with open(writable, 'wb', buffering=0) as file:
         threading.Timer(0.05, reader.start).start()
-        container.write_all(file, data)
+        output.write_all(file, data)
     reader.join()
     assert received == [data]
 
@@ -369,7 +373,7 @@ def test_errors_of_a_file_are_one_line(place, monkeypatch, moment):
     """At any moment: what existed is as it was, no temporary file stays."""
     (place / 'target').write_bytes(b'precious')
     before = snapshot(place)
-    with pytest.raises(UserError, match=NO_SPACE), container.Output('target', overwrite=True) as out:
+    with pytest.raises(UserError, match=NO_SPACE), output.Output('target', overwrite=True) as out:
         if moment == 'write':
             out.file = FewBytes(1000)
         elif moment == 'close':
@@ -386,7 +390,7 @@ def test_errors_of_a_file_are_one_line(place, monkeypatch, moment):
 def test_errors_of_a_stream_are_one_line(place, moment, at_once):
     """Of its temporary file, of the stream, and of closing it."""
     os.symlink('/dev/null', 'null')
-    with pytest.raises(UserError, match=NO_SPACE), container.Output('null', at_once=at_once) as out:
+    with pytest.raises(UserError, match=NO_SPACE), output.Output('null', at_once=at_once) as out:
         if moment == 'close':
             out.stream = FailsToClose(out.stream)
         else:
@@ -404,6 +408,7 @@ def limited(n_bytes):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 def test_a_cut_output_is_an_error(place, unbuffered):
     """4,096 of 5,000 bytes fit: exit code 1 and one line through -, with a name nothing stays (unbuffered: Docker)."""
@@ -419,6 +424,7 @@ def test_a_cut_output_is_an_error(place, unbuffered):
     assert snapshot(place) == before | dict(redirected=NOISE[:4096])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 def test_full_standard_output(place, unbuffered):
     """unpack and info, whose table is short enough to stay in a buffer until the process ends."""
@@ -429,6 +435,7 @@ def test_full_standard_output(place, unbuffered):
         assert done.returncode == 1 and done.stderr == f"error: cannot write '-': {os.strerror(errno.ENOSPC)}\n"
 
 
+@pytest.mark.slow
 def test_closed_standard_streams(place):
     """A shell's <&- and >&- are one line as well."""
     script = os.path.join(ROOT, 'compress.py')
@@ -439,6 +446,7 @@ def test_closed_standard_streams(place):
     assert not os.path.exists('new')
 
 
+@pytest.mark.slow
 def test_a_full_disk(place):
     """A tmpfs of 4 kB, where this machine lets one be mounted: through - and by name, for every verb that writes."""
     os.mkdir('disk')
@@ -457,6 +465,7 @@ def test_a_full_disk(place):
 
 # --- temporary files ---
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @each_verb
 def test_a_signal_leaves_nothing(place, verb, number):
@@ -470,11 +479,13 @@ def test_a_signal_leaves_nothing(place, verb, number):
         there = os.listdir('new')
         process.send_signal(number)
         process.communicate()
-    assert process.returncode == 128 + number
+    # A program that Ctrl-C ends dies of the signal: the shell sees 130, its parent the signal itself.
+    assert process.returncode == (-number if number == signal.SIGINT else 128 + number)
     assert len(there) == 1 and there[0].startswith('.nanomdl-')
     assert os.listdir('new') == []
 
 
+@pytest.mark.slow
 def test_ignored_signals_stay_ignored(place):
     """nohup: what was told to survive a hang-up does."""
     os.mkfifo('input')
@@ -553,12 +564,13 @@ def test_a_state_that_was_not_used_is_not_removed(place):
     """An empty file and a two-part archive need none; what has this name is left alone."""
     (place / 'mine').write_bytes(b'precious')
     (place / 'empty').write_bytes(b'')
-    assert compress.main(['online', 'empty', '--state=mine', *LITTLE]) == 0
-    assert compress.main(['unpack', 'empty.mdl', '-f', '--state=mine']) == 0
+    assert run_here('compress.py', 'online', 'empty', '--state=mine', *LITTLE) == 0
+    assert run_here('compress.py', 'unpack', 'empty.mdl', '-f', '--state=mine') == 0
     assert write('unpack', 'target', '--state=mine') == 0
     assert (place / 'mine').read_bytes() == b'precious'
 
 
+@pytest.mark.slow
 def test_the_command_line_as_it_is_typed(place):
     """-f behind the verb, as with gzip and xz; --help says what happens to files."""
     assert run_script(os.path.join(ROOT, 'compress.py'), 'unpack', '-f', 'text.mdl', cwd=place).returncode == 0
