@@ -166,8 +166,9 @@ def expanded(pattern):
     braces = re.search(r'\{([^{}]*)\}', pattern)
     if not braces:
         return [pattern]
-    before, after = pattern[:braces.start()], pattern[braces.end():]
-    return [name for part in braces[1].split(',') for name in expanded(before + part + after)]
+    before = pattern[:braces.start()]
+    after = pattern[braces.end():]
+    return [name for choice in braces[1].split(',') for name in expanded(before + choice + after)]
 
 
 def test_what_documents_name_exists():
@@ -212,7 +213,8 @@ def test_old_names_of_configs_are_answered_with_the_new():
 def test_the_tree_in_readme_is_the_tree_on_disk():
     """Each file and folder of the root, and each module of the rooms, in the block below `## The tree`."""
     block = re.search(r'## The tree\n+```\n(.*?)```', read('README.md'), re.DOTALL)[1]
-    named, room = set(), ''
+    named = set()
+    room = ''
     for line in block.splitlines():
         if line.startswith(' '):
             named |= {f'{room}{name}.py' for name in line.split()}
@@ -235,3 +237,11 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
         spec = importlib.util.spec_from_file_location(f'fresh_{path[:-3].replace("/", "_")}', os.path.join(ROOT, path))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
+
+
+def test_the_index_of_the_log_is_its_headings():
+    """A line for each entry, in their order, with the address that GitHub gives a heading."""
+    log = read('LOG.md')
+    index = re.findall(r'^\| [\d-]+ \| \[(.+?)\]\(#([\w-]+)\) \|', log, re.MULTILINE)
+    headings = re.findall(r'^## (.+)$', log, re.MULTILINE)
+    assert index == [(title, re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')) for title in headings]
