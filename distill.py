@@ -1,8 +1,8 @@
 """Distil a teacher into a smaller student: its probabilities, the next token, the direction of its last states.
 
-    python distill.py config/distil_byte_student.py                  one process; bytes, small enough for two CPU cores
-    torchrun --nproc_per_node=8 distill.py config/gpt2_distil6.py    many GPUs, same batches
-    python distill.py config/gpt2_distil6.py --check                 resolved knobs and the plan, nothing is run
+    python distill.py config/distil/byte_student.py                  one process; bytes, small enough for two CPU cores
+    torchrun --nproc_per_node=8 distill.py config/gpt2/distil6.py    many GPUs, same batches
+    python distill.py config/gpt2/distil6.py --check                 resolved knobs and the plan, nothing is run
 
 In: data/DATASET; teacher: a checkpoint, a Hugging Face folder or hub id. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt,
 train_loss.csv, loss.png, run.json} as train.py writes them; loss_nats there is the student's own cross-entropy, loss
