@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := out/sample_pmmp
 
-.PHONY: demo check test bench lint clean
+.PHONY: demo check check-front check-rooms test bench lint clean
 .DELETE_ON_ERROR:
 
 .venv/run: requirements.txt
@@ -29,9 +29,15 @@ demo: .venv/run
 	$(PY) eval.py --from_ckpt=$(DEMO) --max_tokens=32768 --archive=out/demo.two-part --online_archives=out/demo.online --baselines
 	$(PY) runs.py
 
-# In every commit: the style, and all tests that need no processes of their own.
+# Before every commit: the style, and all tests that start no processes, on two cores.
 check: lint
-	$(PY) -m pytest tests -m "not slow"
+	$(MAKE) --no-print-directory --output-sync=target -j2 check-front check-rooms
+
+check-front:
+	$(PY) -m pytest tests/test_*.py -m "not slow"
+
+check-rooms:
+	$(PY) -m pytest tests/codec tests/corpus tests/lab tests/training -m "not slow"
 
 test: .venv/dev
 	$(PY) -m pytest tests

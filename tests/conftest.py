@@ -23,8 +23,8 @@ import torch  # noqa: E402
 
 import configurator  # noqa: E402
 from corpus import bins  # noqa: E402
+from training import curves, plan  # noqa: E402
 from training import folder as folders  # noqa: E402
-from training import plan  # noqa: E402
 from training.checkpoint import load_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
@@ -197,10 +197,16 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def train_tiny(toy, tmp_path):
-    """Run train.py in this process with tiny sizes; returns its exit status. Later flags win."""
-    def call(*flags, out='run', data_dir=toy, change=None):
-        return run_here('train.py', *TINY, f'--data_dir={data_dir}', '--dataset=toy', f'--out_dir={tmp_path / out}',
-                        *flags, change=change)
+    """Run train.py in this process with tiny sizes; returns its exit status. Later flags win.
+
+    draw: with loss.png, which takes longer than the steps.
+    """
+    def call(*flags, out='run', data_dir=toy, change=None, draw=False):
+        argv = (*TINY, f'--data_dir={data_dir}', '--dataset=toy', f'--out_dir={tmp_path / out}', *flags)
+        with pytest.MonkeyPatch.context() as patch:
+            if not draw:
+                patch.setattr(curves, 'draw_run', lambda out_dir, loss_file: 'not drawn')
+            return run_here('train.py', *argv, change=change)
     return call
 
 
@@ -277,10 +283,15 @@ def assert_same_run(folder, reference):
 
 
 def assert_resumes(flags, stop, train_tiny, tmp_path, monkeypatch):
-    """A run that is stopped in a step and resumed must end as an unbroken one."""
-    assert train_tiny(*flags, out='whole') == 0
+    """A run that is stopped in a step and resumed must end as an unbroken one, which is run once for all its tests."""
+    if flags not in unbroken_runs:
+        assert train_tiny(*flags, out='whole') == 0
+        unbroken_runs[flags] = tmp_path / 'whole'
     with monkeypatch.context() as patch:
         stop_at(patch, stop)
         assert train_tiny(*flags) == 85
     assert train_tiny(*flags, '--init_from=resume') == 0
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert_same_run(tmp_path / 'run', unbroken_runs[flags])
+
+
+unbroken_runs = {}              # flags: folder

@@ -48,7 +48,8 @@ from training.plan import Schedule
 
 def test_a_run_has_exactly_the_planned_steps_and_prunings(train_tiny, tmp_path):
     """Off-by-one in stop_epoch_at_batch*, prunings at the wrong epoch, a schedule that differs from the plan."""
-    assert train_tiny(*THREE_PHASES, '--prune_every=2', '--warmup_iters=5', '--schedule=cosine') == 0
+    flags = ('--prune_every=2', '--warmup_iters=5', '--schedule=cosine')
+    assert train_tiny(*THREE_PHASES, *flags, draw=True) == 0
     rows = losses_of(tmp_path / 'run')
     assert [r['phase'] for r in rows] == ['prelude'] * 6 + ['main'] * 12 + ['fine_tuning'] * 4
     assert [int(r['step']) for r in rows] == list(range(1, 23))

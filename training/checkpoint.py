@@ -2,6 +2,7 @@
 
 Hugging Face folders and hub ids are read through training/huggingface.py.
 """
+import functools
 import os
 import platform
 import re
@@ -15,8 +16,9 @@ CHECKPOINT_FORMAT = 'nanomdl-ckpt-1'
 CHECKPOINT_NAME = re.compile(r'(ckpt|best)\.(pt|sharded)(\.\d+)?')
 
 
+@functools.cache
 def commit_id():
-    """The repository's commit, with -dirty where the tree differs; '' outside git."""
+    """The repository's commit, with -dirty where the tree differs; '' outside git. Of the code that is loaded: once."""
     folder = os.path.dirname(os.path.abspath(__file__))
     try:
         done = subprocess.run(['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
