@@ -439,6 +439,11 @@ def make_grid(model, named_params, batches, phase, saved, env, k):
     return Grid(named_params, codes, k.bits_lambda * LN2 / batches.data.n_tokens)
 
 
+def seed_dropout(seed, step, rank, first_row):
+    """Seed what dropout draws in the micro-batch of a step that begins with a rank's row first_row."""
+    torch.manual_seed(key_of(seed, step, first_row, rank) >> 1)
+
+
 def mean_loss(model, data, T, eval_rows, env):
     """Return the loss on the leading validation blocks that TAMADE calibrates on, in nats per token."""
     leading = data.head(sparse.CALIBRATION_BLOCKS * T)      # of a mixture: some of each source
@@ -658,12 +663,9 @@ if __name__ == '__main__':
             # micro-batch, so that a resumed run drops what an unbroken one drops.
             place = phase.place(done, online)
             x, y, n_scored = batches.batch(place, env.rank, env.world)
-            seed_dropout = None
-            if dropout:
-                def seed_dropout(first_row, step=run.step):
-                    torch.manual_seed(key_of(seed, step, first_row, env.rank) >> 1)
+            before_each = functools.partial(seed_dropout, seed, run.step, env.rank) if dropout else None
             running.before_forward()
-            nats = accumulate(step_model, x, y, micro, env.world / n_scored, env, scaler, set_sync, seed_dropout)
+            nats = accumulate(step_model, x, y, micro, env.world / n_scored, env, scaler, set_sync, before_each)
             running.after_backward()
 
             # One reduction over ranks: the loss, and whether to stop or to save after this step.
@@ -702,6 +704,8 @@ if __name__ == '__main__':
                 counters['online_tokens'] += n_scored
             run.log_row((phase.name, place.epoch, run.step, counters['tokens'], f'{loss:.6f}', f'{lr:.4g}',
                          f'{float(grad_norm):.4g}', f'{float(penalised_norm):.4g}', counters['nonzeros']))
+
+            # Now and then a line for log.txt, with the mean of the steps since the last one.
             if run.step % log_interval == 0 or done == phase.n_steps:
                 mean = run.mean(phase.name, bytes_per_token)
                 drawn = tokens_drawn(train_data, run.step, T, k)
@@ -728,6 +732,8 @@ if __name__ == '__main__':
                              f" sparsity={1 - counters['nonzeros'] / n_params:.4f}"
                              f" tolerance_spent={counters['tolerance_spent']:.4f}",
                              nonzeros=counters['nonzeros'], epsilon=counters['epsilon'])
+
+                # Validate at the end of the phase, and in between where asked to; the best weights are best.pt.
                 if done == phase.n_steps or eval_interval and run.step % eval_interval == 0:
                     with running.as_evaluated():
                         val_loss, pairs = validate(run, phase, raw_model, val_data, pair_sets, T, eval_rows,
