@@ -1,8 +1,8 @@
 """Distil a teacher into a smaller student: its probabilities, the next token, the direction of its last states.
 
-    python distill.py config/distil_byte_student.py                  one process; bytes, small enough for two CPU cores
-    torchrun --nproc_per_node=8 distill.py config/gpt2_distil6.py    many GPUs, same batches
-    python distill.py config/gpt2_distil6.py --check                 resolved knobs and the plan, nothing is run
+    python distill.py config/distil/byte_student.py                  one process; bytes, small enough for two CPU cores
+    torchrun --nproc_per_node=8 distill.py config/gpt2/distil6.py    many GPUs, same batches
+    python distill.py config/gpt2/distil6.py --check                 resolved knobs and the plan, nothing is run
 
 In: data/DATASET; teacher: a checkpoint, a Hugging Face folder or hub id. Out: OUT_DIR/{ckpt.pt, best.pt, log.txt,
 train_loss.csv, loss.png, run.json} as train.py writes them; loss_nats there is the student's own cross-entropy, loss
@@ -440,8 +440,8 @@ if __name__ == '__main__':
         # One reduction over ranks: the losses, and whether to stop or to save after this step.
         unscale(optimizers, all_params, scaler, env, sharded=False)
         total, loss, *others = [s / n_scored for s in run.reduce(sums)]
-        grad_norm = parallel.norm_of(all_params, env)
         masks.on_gradients()
+        grad_norm = parallel.norm_of(all_params, env)
 
         # A step that is not finite is not taken. What is pruned stays pruned, whatever moments and decay did to it.
         cure = f'a lower --learning_rate (now {learning_rate:g}), --grad_clip=1 or --dtype=float32'

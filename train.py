@@ -671,12 +671,14 @@ if __name__ == '__main__':
             total_nats, = run.reduce(nats)
             loss = total_nats / n_scored
 
-            # The procedure adds the gradient of its penalty; the norm is logged without and with it.
+            # The procedure adds the gradient of its penalty; the norm is logged without and with it. Gradients of
+            # pruned weights are no part of either: they would make clipping throttle the weights that are left.
+            masks.on_gradients()
             grad_norm = penalised_norm = parallel.norm_of(all_params, env)
             if running.edits:
                 running.edit()
+                masks.on_gradients()
                 penalised_norm = parallel.norm_of(all_params, env)
-            masks.on_gradients()
 
             # A step that is not finite is not taken. fp16 may skip some, with a lower scale each time.
             cure = f'a lower --learning_rate (now {learning_rate:g}), --grad_clip=1 or --dtype=float32'

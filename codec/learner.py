@@ -55,6 +55,11 @@ def orthogonalise(g):
     return x.T if tall else x
 
 
+def below(n, numbers):
+    """Return hashed numbers, uint64, as int64 from 0 to n - 1."""
+    return (numbers % np.uint64(n)).astype(np.int64)
+
+
 class SeededDropout(torch.nn.Module):
     """Dropout with a generator of its own, so that the parts of a batch can run side by side and still repeat."""
 
@@ -120,10 +125,15 @@ class Learner:
             gradients = [p.grad for p in self.params[0]]
             for part in with_rows[1:]:
                 torch._foreach_add_(gradients, [p.grad for p in self.params[part]])
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            norms = torch.stack(torch._foreach_norm(gradients))
+            norm = torch.linalg.vector_norm(norms)
             torch._foreach_mul_(gradients, torch.clamp(LARGEST_NORM / (norm + 1e-6), max=1.0))
+
+            # The rate rises over the first updates, and falls to a tenth as the file is learned.
             self.n_updates += 1
-            self.step(min(1.0, self.n_updates / WARM_UP) * (1 - 0.9 * share_done))
+            rising = min(1.0, self.n_updates / WARM_UP)
+            falling = 1 - 0.9 * share_done
+            self.step(rising * falling)
         self.spread()
 
     def backward(self, x, y):
@@ -131,7 +141,9 @@ class Learner:
         xs = torch.from_numpy(x).tensor_split(PARTS)
         ys = torch.from_numpy(y).tensor_split(PARTS)
         with_rows = [part for part in range(PARTS) if len(xs[part])]
-        jobs = [self.pool.submit(self.gradient, part, xs[part], ys[part], y.size) for part in with_rows]
+        jobs = []
+        for part in with_rows:
+            jobs.append(self.pool.submit(self.gradient, part, xs[part], ys[part], y.size))
         for job in jobs:
             job.result()
         return with_rows
@@ -139,7 +151,8 @@ class Learner:
     def gradient(self, part, x, y, n_symbols):
         """Leave the gradient of some rows, as a share of n_symbols' mean loss, in the model of that part."""
         for i, dropout in enumerate(self.dropouts[part]):
-            dropout.generator.manual_seed(key_of(self.settings.seed, self.n_updates, part, i) >> 1)
+            key = key_of(self.settings.seed, self.n_updates, part, i)
+            dropout.generator.manual_seed(key >> 1)
         for p in self.params[part]:
             p.grad = None
         model = self.models[part].train(self.settings.dropout > 0)
@@ -175,11 +188,11 @@ class Learner:
     def draw(self, n_streams, width, done):
         """Draw the stream and the end of each row (R,) of an update; a share of the rows ends at the newest symbol."""
         n_rows = self.settings.rows
-        key = np.uint64(key_of(self.settings.seed, self.n_updates, 'rows') >> 1)
-        numbers = mix64(np.arange(3 * n_rows, dtype=np.uint64) + key).reshape(3, n_rows)
-        streams = (numbers[0] % np.uint64(n_streams)).astype(np.int64)
-        ends = width + (numbers[1] % np.uint64(done - width + 1)).astype(np.int64)
-        is_newest = (numbers[2] % np.uint64(1000)).astype(np.int64) < 1000 * self.settings.newest
+        key = key_of(self.settings.seed, self.n_updates, 'rows') >> 1
+        numbers = mix64(np.arange(3 * n_rows, dtype=np.uint64) + np.uint64(key)).reshape(3, n_rows)
+        streams = below(n_streams, numbers[0])
+        ends = width + below(done - width + 1, numbers[1])
+        is_newest = below(1000, numbers[2]) < 1000 * self.settings.newest
         return streams, np.where(is_newest, done, ends)
 
     # --- what it knows ---
@@ -189,7 +202,8 @@ class Learner:
         args = self.settings.args
         tensors = {}
         for name, w in weights.fold(self.models[0].state_dict(), args).items():
-            scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-9) / LEVELS
+            largest = np.abs(w).max(-1, keepdims=True)
+            scale = np.maximum(largest, 1e-9) / LEVELS
             tensors[name] = (np.rint(w / scale).astype(np.int32), scale)
         if rows is not None:
             self.sites = exact.fit_sites(args, tensors, rows)
@@ -232,7 +246,9 @@ def fingerprint(settings):
     n_rows = settings.rows
     for i in range(3):
         numbers = mix64(np.arange(n_rows * size + 1, dtype=np.uint64) + np.uint64(i << 32))
-        symbols = (numbers % np.uint64(64)).astype(np.int64) + 32
-        learner.update(symbols[:-1].reshape(n_rows, size), symbols[1:].reshape(n_rows, size), 0.0)
+        symbols = 32 + below(64, numbers)
+        x = symbols[:-1].reshape(n_rows, size)
+        y = symbols[1:].reshape(n_rows, size)
+        learner.update(x, y, 0.0)
     return dict(torch=torch.__version__, device='cpu', processor=cpu_name(), parts=PARTS, weights=learner.digest(),
                 capability=torch.backends.cpu.get_cpu_capability(), arithmetic=arithmetic_hash(settings.args))

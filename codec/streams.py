@@ -38,16 +38,18 @@ def decoder_of(data):
 def code_length(frequencies, symbols):
     """Return the bits that symbols (n,) cost by frequencies (n, V)."""
     chosen = frequencies[np.arange(len(frequencies)), symbols]
-    return float((np.log2(frequencies.sum(1)) - np.log2(chosen)).sum())
+    bits = np.log2(frequencies.sum(1)) - np.log2(chosen)
+    return float(bits.sum())
 
 
 def arithmetic_hash(args):
     """Hash of the integer tables and of a test message through the range coder: what an archive's numbers rest on."""
     encoder = new_encoder()
-    frequencies = (np.arange(64 * 32).reshape(64, 32) * 7919 % 1009 + 1).astype(np.float64)
-    symbols = (np.arange(64) * 13 % 32).astype(np.int32)
-    encoder.encode(symbols, FAMILY, frequencies)
-    return hashlib.sha256(tables_hash(args).encode() + coded_bytes(encoder)).hexdigest()[:16]
+    frequencies = np.arange(64 * 32).reshape(64, 32) * 7919 % 1009 + 1
+    symbols = np.arange(64) * 13 % 32
+    encoder.encode(symbols.astype(np.int32), FAMILY, frequencies.astype(np.float64))
+    message = coded_bytes(encoder)
+    return hashlib.sha256(tables_hash(args).encode() + message).hexdigest()[:16]
 
 
 # --- where a symbol is ---
@@ -113,16 +115,19 @@ class StreamCoder:
         self.keep = keep
         self.context = np.full((n_streams, 1), start_id, np.int64)
         self.vocab_size = model.args['vocab_size']
+        self.caches = []                        # one per group of streams, made when first decoding
+        self.groups = []
         at_once = at_once or n_streams
-        self.groups = [slice(i, min(i + at_once, n_streams)) for i in range(0, n_streams, at_once)]
-        self.caches = []                        # one per group, made when first decoding
+        for i in range(0, n_streams, at_once):
+            self.groups.append(slice(i, min(i + at_once, n_streams)))
 
     def next_context(self, tokens, layout):
         """Return the last `keep` inputs of every stream after a block; all the same length, so they stay in step."""
         length = min(self.keep, int(layout.lengths.min()) + self.context.shape[1])
         rows = []
         for before, start, end in zip(self.context, layout.starts, layout.ends):
-            rows.append(np.concatenate((before, tokens[start:end]))[-length:])
+            row = np.concatenate((before, tokens[start:end]))
+            rows.append(row[-length:])
         return np.stack(rows).astype(np.int64)
 
     def encode(self, tokens, tick=None):
@@ -132,23 +137,29 @@ class StreamCoder:
         """
         n = len(tokens)
         layout = Layout(n, self.n_streams)
-        steps = np.arange(layout.n_steps)
-        symbols = tokens[np.minimum(layout.starts[:, None] + steps, n - 1)].astype(np.int64)            # (S, steps)
-        inputs = torch.from_numpy(np.concatenate((self.context, symbols[:, :-1]), 1)).to(self.model.device)
+        places = layout.starts[:, None] + np.arange(layout.n_steps)
+        places = np.minimum(places, n - 1)                              # where a stream has ended: never coded
+        symbols = tokens[places].astype(np.int64)                       # (S, steps)
+        inputs = np.concatenate((self.context, symbols[:, :-1]), 1)
+        inputs = torch.from_numpy(inputs).to(self.model.device)
         n_context = self.context.shape[1]
         at_once = max(1, FREQUENCIES_AT_ONCE // (self.n_streams * self.vocab_size))
         encoder = new_encoder()
         bits = 0.0
+
+        # The coder takes symbols step by step, and in a step stream after stream, as decoding will find them.
         for window in windows(n_context, layout.n_steps, self.model.W, self.keep):
-            hidden = self.hidden(inputs, window)                                                # (S, outputs, C)
+            hidden = self.hidden(inputs, window)                        # (S, outputs, C)
             first = window.output - (n_context - 1)
             for i in range(0, hidden.shape[1], at_once):
                 some = hidden[:, i:i + at_once]
                 start = first + i
                 stop = start + some.shape[1]
-                frequencies = self.model.frequencies(some.transpose(0, 1).flatten(0, 1))
-                frequencies = layout.in_order(as_weights(frequencies), stop)
-                wanted = layout.in_order(symbols[:, start:stop].T.reshape(-1), stop)
+                rows = some.transpose(0, 1).flatten(0, 1)
+                frequencies = as_weights(self.model.frequencies(rows))
+                frequencies = layout.in_order(frequencies, stop)
+                wanted = symbols[:, start:stop].T.reshape(-1)
+                wanted = layout.in_order(wanted, stop)
                 encoder.encode(wanted.astype(np.int32), FAMILY, frequencies)
                 bits += code_length(frequencies, wanted)
             if tick:
@@ -184,7 +195,9 @@ class StreamCoder:
                 inputs[:n_active, i + 1] = decoder.decode(FAMILY, frequencies[:n_active])
                 if tick:
                     tick(step * self.n_streams)
-        rows = [row[n_context:n_context + length] for row, length in zip(inputs, layout.lengths)]
+        rows = []
+        for row, length in zip(inputs, layout.lengths):
+            rows.append(row[n_context:n_context + length])
         tokens = np.concatenate(rows)
         return tokens, self.next_context(tokens, layout)
 

@@ -54,13 +54,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import compress
 import distill
 import score
 import sparse
 import train
-from codec import container, exact
+from codec import container, exact, quantised, twopart
 from codec.grid import Grid, choose_codes
+from codec.output import Output
+from codec.text import tokenize
 from corpus.bins import Bin, write_json
 from corpus.data import Batches, Place
 from corpus.mixture import Mixture
@@ -170,11 +171,12 @@ def training_step(config, env, n_rows, procedure='vanilla', pmmp_state='exact', 
         nats = accumulate(step_model, x, y, n_rows, 1 / y.size, env, scaler, set_sync)
         running.after_backward()
         unscale(optimizers, tensors, scaler, env, sharded=False)
+        masks.on_gradients()
         grad_norm = penalised_norm = norm_of(tensors, env)
         if running.edits:
             running.edit()
+            masks.on_gradients()
             penalised_norm = norm_of(tensors, env)
-        masks.on_gradients()
         clip(tensors, 0.0, penalised_norm)
         update(optimizers, scaler)
         for optimizer in running.optimizers:
@@ -486,28 +488,34 @@ def bench_step(env, rounds, path):
 
 # --- the codec ---
 
-def pack(checkpoint, path, archive, weight_bits, *flags):
+def pack(checkpoint, path, archive, **options):
     """Pack a file as compress.py does; return the archive's bytes and the bytes that were computed for it."""
-    compress.configure(vars(compress), ['pack', checkpoint, path, archive, f'--weight_bits={weight_bits}', *flags],
-                       verbs=compress.VERBS)
-    with container.Output(archive, overwrite=True) as out:
-        _, computed = compress.pack(checkpoint, path, out, lambda text: None)
+    with Output(archive, overwrite=True) as out:
+        _, computed = twopart.pack(checkpoint, path, out, twopart.Packing(**options))
         out.commit()
     return container.read_input(archive), computed
 
 
+def unpack(path, n_threads):
+    """Return the bytes that an archive decodes to."""
+    archive = container.open_archive(path)
+    return b''.join(twopart.decode_blocks(archive, 'unpack', twopart.Unpacking(threads=n_threads)))
+
+
 def archive_facts(checkpoint, raw, data, computed, n_bytes_single, path):
     """Return what an archive is made of, and its bits per symbol beside those of the model in floats."""
-    _, head, _, sections = container.read_archive(data, path)
+    archive = container.read_archive(data, path)
+    head = archive.head
     model, _ = load_model(checkpoint)
-    ids, _ = container.tokenize(raw, head['tokenizer'])
-    x, y = compress.sample(ids, head['start_id'], head['args']['block_size'], 32)
-    per_position = compress.float_bits(model.eval(), x, y)
-    fp32 = float(per_position.sum() * len(x) / y.size)
-    integer = exact.code_length_bits(compress.load_model(head, sections), x, y) / y.size
+    ids, _ = tokenize(raw, head['tokenizer'])
+    rows = quantised.rows_of(ids, head['start_id'], head['args']['block_size'], 32)
+    per_position = quantised.float_bits(model.eval(), rows)
+    fp32 = float(per_position.sum() * len(rows.x) / rows.y.size)
+    integer_model = quantised.load_model(head, archive.sections)
+    integer = exact.code_length_bits(integer_model, rows.x, rows.y) / rows.y.size
     nonzeros = sparse.count_nonzero(model.parameters())
-    n_weights_bytes = len(sections['wght'])
-    n_data_bytes = len(sections['data'])
+    n_weights_bytes = len(archive.sections['wght'])
+    n_data_bytes = len(archive.sections['data'])
     return dict(n_params=sum(p.numel() for p in model.parameters()), nonzeros=nonzeros,
                 context=head['args']['block_size'], original_bytes=len(raw), archive_bytes=len(data),
                 weights_bytes=n_weights_bytes, bits_per_nonzero=8 * n_weights_bytes / nonzeros,
@@ -533,21 +541,18 @@ def bench_codec(checkpoint, path, weight_bits):
 
     with tempfile.TemporaryDirectory() as folder:
         archives = {n: os.path.join(folder, f'{n}.mdl') for n in (1, 2)}
-        decoded = os.path.join(folder, 'decoded')
         packed = {}
         for n, archive in archives.items():
             packed[n] = timed('pack --no-verify', n, functools.partial(
-                pack, checkpoint, path, archive, weight_bits, '--no-progress', f'--threads={n}'))
+                pack, checkpoint, path, archive, weight_bits=weight_bits, threads=n))
         data, computed = packed[1]
         if packed[2][0] != data:
             raise UserError('archives made with 1 and with 2 threads differ')
         for n in (1, 2):
-            timed('unpack', n, functools.partial(
-                compress.main, ['unpack', archives[1], decoded, '-f', f'--threads={n}', '--no-progress']))
-            if container.read_input(decoded) != raw:
+            if timed('unpack', n, functools.partial(unpack, archives[1], n)) != raw:
                 raise UserError(f'the archive decodes to other bytes with {n} threads')
-        single, _ = pack(checkpoint, path, archives[2], weight_bits, '--no-progress', '--streams=1')
-    n_bytes_single = len(container.read_archive(single, path)[3]['data'])
+        single, _ = pack(checkpoint, path, archives[2], weight_bits=weight_bits, streams=1)
+    n_bytes_single = len(container.read_archive(single, path).sections['data'])
     facts = archive_facts(checkpoint, raw, data, computed, n_bytes_single, path)
     table = [dict(what=name, value=value) for name, value in facts.items()]
     print(markdown(table, ('what', 'value')))

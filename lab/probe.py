@@ -1,8 +1,8 @@
 """Ask what a vector still knows: train a fresh decoder to regenerate the input from a frozen encoder's last state.
 
-    python -m lab.probe config/probe_sample_16.py --from_ckpt=out/a,out/b           a table with a row for each encoder
-    python -m lab.probe config/probe_512.py --from_ckpt=out/RUN/ckpt.pt --untrained     and its shape with fresh weights
-    torchrun --nproc_per_node=8 -m lab.probe config/probe_512.py --from_ckpt=gpt2 --dataset=wikitext103     a hub id
+    python -m lab.probe config/mixers/probe_sample_16.py --from_ckpt=out/a,out/b    a table, a row for each encoder
+    python -m lab.probe config/mixers/probe_512.py --from_ckpt=out/RUN --untrained    and its shape with fresh weights
+    torchrun --nproc_per_node=8 -m lab.probe config/mixers/probe_512.py --from_ckpt=gpt2    a hub id
 
 In: checkpoints, data set. Out: OUT_DIR/{run.json, table.md, table.csv}; OUT_DIR/ENCODER/{ckpt.pt, log.txt,
 train_loss.csv, loss.png, run.json} of each decoder. Exit 85: saved, --init_from=resume goes on. What each token costs

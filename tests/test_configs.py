@@ -4,6 +4,7 @@ import functools
 import glob
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shlex
@@ -66,7 +67,7 @@ class Command:
             words = shlex.split(text)
         except ValueError:              # a sentence, with an apostrophe
             return cls(text, '', ())
-        processes = [int(word.split('=')[1]) for word in words if re.fullmatch(r'--nproc_per_node=\d+', word)]
+        counts = re.findall(r'--(?:nproc_per_node|nodes|gpus-per-node)=(\d+)', text)
         after = [i for i, word in enumerate(words) if word.endswith('.py') or word.startswith('lab.')]
         if words[0] == 'sbatch':
             after = [i for i, word in enumerate(words) if word.endswith('.sbatch')]
@@ -75,7 +76,7 @@ class Command:
         script = words[after[0]]
         if script.startswith('lab.'):
             script = script.replace('.', '/') + '.py'
-        return cls(text, script, tuple(words[after[0] + 1:]), *processes[:1])
+        return cls(text, script, tuple(words[after[0] + 1:]), math.prod(map(int, counts)))
 
     def faults(self):
         """Yield what is wrong with it by name: script, config files, knobs."""
@@ -86,8 +87,7 @@ class Command:
             missing = [word for word in self.argv if word.endswith('.txt') and not os.path.isfile(f'{ROOT}/{word}')]
             yield from (f'no list {word}' for word in missing)
             return
-        script = 'train.py' if self.script.endswith('.sbatch') else self.script
-        knobs = knobs_of(script)
+        knobs = knobs_of('train.py' if self.script.endswith('.sbatch') else self.script)
         for word in self.argv:
             if word.startswith('config/') and not os.path.isfile(os.path.join(ROOT, word)) and word != 'config/mine.py':
                 yield f'no config {word}'
@@ -104,40 +104,45 @@ def commands_in(text):
             yield Command.of(found[0].strip().rstrip('.,:'))
 
 
-def load(command):
-    """Load the knobs of a command and return them. Raises UserError.
+def script_of(command):
+    """Return the script whose knobs a command sets: lab/bench.py and slurm/ hand configs of train.py on."""
+    hands_on = command.script == 'lab/bench.py' or command.script.endswith('.sbatch')
+    return 'train.py' if hands_on else command.script
 
-    Verbs and their paths are left out; a config that lab/bench.py times is one of train.py.
-    """
-    script = 'train.py' if command.script == 'lab/bench.py' else command.script
+
+def load(command):
+    """Load the knobs of a command and return them; verbs and their paths are left out. Raises UserError."""
+    script = script_of(command)
     argv = [os.path.join(ROOT, word) if word in CONFIGS else word for word in command.argv]
     argv = [word for word in argv if word.startswith('--') or word.endswith('.py')]
     return configurator.configure(dict(__file__=os.path.join(ROOT, script), __doc__=''), argv)
 
 
 def test_every_config_loads_and_would_start(tmp_path, monkeypatch, capsys):
-    """All commands in the heads of configs: knobs load, trainers pass --check with the processes that are named.
+    """Commands of heads, README and slurm/: knobs load, trainers pass --check with the processes that are named.
 
-    --check needs neither data nor a device, and makes nothing; the processes must divide the batch. Two commands must
-    not share a folder by accident.
+    --check needs neither data nor a device, and makes nothing; the processes must divide the batch. Two commands in
+    heads must not share a folder by accident.
     """
     monkeypatch.chdir(tmp_path)
     problems = []
     folders = {}
-    for command in {c.text: c for path in CONFIGS for c in commands_in('\n'.join(head_of(path)))}.values():
+    in_heads = {command.text for path in CONFIGS for command in commands_in('\n'.join(head_of(path)))}
+    texts = ['\n'.join(head_of(path)) for path in CONFIGS] + [read('README.md'), *map(read, tracked('slurm/*.sbatch'))]
+    for command in {command.text: command for text in texts for command in commands_in(text)}.values():
         if not any(word in CONFIGS for word in command.argv):
             continue
         try:
             values = load(command)
-            if command.script in ('train.py', 'distill.py'):
+            if script_of(command) in ('train.py', 'distill.py') and command.script != 'lab/bench.py':
                 monkeypatch.setenv('WORLD_SIZE', str(command.processes))
                 argv = [os.path.join(ROOT, word) if word in CONFIGS else word for word in command.argv]
-                assert run_here(command.script, *argv, '--check') == 0
+                assert run_here(script_of(command), *argv, '--check') == 0
                 assert 'FLOPs per token' in capsys.readouterr().out
         except (configurator.UserError, AssertionError) as e:
             problems.append(f'{command.text}: {e}')
             continue
-        if 'out_dir' in values:
+        if 'out_dir' in values and command.text in in_heads:
             argv = [word for word in command.argv if not word.startswith('--from_ckpt')]
             other = folders.setdefault(values['out_dir'], argv)
             if sorted(other) != sorted(argv):
@@ -166,8 +171,9 @@ def expanded(pattern):
     braces = re.search(r'\{([^{}]*)\}', pattern)
     if not braces:
         return [pattern]
-    before, after = pattern[:braces.start()], pattern[braces.end():]
-    return [name for part in braces[1].split(',') for name in expanded(before + part + after)]
+    before = pattern[:braces.start()]
+    after = pattern[braces.end():]
+    return [name for choice in braces[1].split(',') for name in expanded(before + choice + after)]
 
 
 def test_what_documents_name_exists():
@@ -212,7 +218,8 @@ def test_old_names_of_configs_are_answered_with_the_new():
 def test_the_tree_in_readme_is_the_tree_on_disk():
     """Each file and folder of the root, and each module of the rooms, in the block below `## The tree`."""
     block = re.search(r'## The tree\n+```\n(.*?)```', read('README.md'), re.DOTALL)[1]
-    named, room = set(), ''
+    named = set()
+    room = ''
     for line in block.splitlines():
         if line.startswith(' '):
             named |= {f'{room}{name}.py' for name in line.split()}
@@ -235,3 +242,11 @@ def test_importing_a_script_has_no_side_effect(tmp_path, monkeypatch, capsys):
         spec = importlib.util.spec_from_file_location(f'fresh_{path[:-3].replace("/", "_")}', os.path.join(ROOT, path))
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ''
+
+
+def test_the_index_of_the_log_is_its_headings():
+    """A line for each entry, in their order, with the address that GitHub gives a heading."""
+    log = read('LOG.md')
+    index = re.findall(r'^\| [\d-]+ \| \[(.+?)\]\(#([\w-]+)\) \|', log, re.MULTILINE)
+    headings = re.findall(r'^## (.+)$', log, re.MULTILINE)
+    assert index == [(title, re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')) for title in headings]

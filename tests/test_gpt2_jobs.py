@@ -108,8 +108,8 @@ def test_a_sparse_gpt2_is_packed(place):
     run_here('runs.py', 'export', 'out/packed', 'out/packed-hf')
     for model in ('out/packed/ckpt.pt', 'out/packed-hf'):
         assert run_here('compress.py', 'pack', model, 'text.txt', 'archive', '--tokenizer=tiny/tokenizer.json',
-                        '--no-verify', '--no-progress') == 0
+                        '--no-verify', '--no-progress', '-f') == 0
         sections = read_archive((place / 'archive').read_bytes(), 'archive')[3]
         assert {'wght', 'tokn'} <= set(sections)                            # coded, not stored, and self-contained
-        assert run_here('compress.py', 'unpack', 'archive', 'back.txt', '--no-progress') == 0
+        assert run_here('compress.py', 'unpack', 'archive', 'back.txt', '--no-progress', '-f') == 0
         assert (place / 'back.txt').read_bytes() == (place / 'text.txt').read_bytes()

@@ -12,6 +12,7 @@ import signal
 import pytest
 import torch
 from conftest import (
+    PRUNED,
     RESUMED,
     ROOT,
     THREE_PHASES,
@@ -39,6 +40,7 @@ from corpus import bins, data
 from model import GPT, config_from_knobs
 from training import folder as folders
 from training import process, run
+from training import step as steps
 from training.checkpoint import load_checkpoint, load_model, parent_of, save_checkpoint
 from training.folder import read_run, read_status
 from training.plan import Schedule
@@ -848,3 +850,27 @@ def test_a_signal_on_one_rank_pauses_all_and_resume_is_bit_exact(two_ranks):
     assert [(two_ranks / 'two' / 'cut' / f'cut-status-{r}').read_text() for r in (0, 1)] == ['0', '0']
     log = (two_ranks / 'two' / 'cut' / 'log.txt').read_text()
     assert log.count('paused step=10') == 1
+
+
+# --- the order of a step ---
+
+def test_gradients_of_pruned_weights_are_no_part_of_the_norm(train_tiny, tmp_path, monkeypatch):
+    """Clipping at a norm that counted them throttled the weights that are left; their gradients are made huge here."""
+    flags = ('--procedure=drr', '--alpha=1e-3', '--epochs=1', '--epochs_fine_tuning=1', *PRUNED, '--grad_clip=1')
+    assert train_tiny(*flags, out='plain') == 0
+
+    # Of matrices only pruned weights are exactly zero. Their gradients grow before anything looks at them.
+    real = steps.unscale
+    changed = []
+
+    def unscale(optimizers, params, *more):
+        real(optimizers, params, *more)
+        for p in params:
+            if p.dim() >= 2:
+                pruned = p.detach() == 0
+                p.grad[pruned] = 1e6
+                changed.append(int(pruned.sum()))
+    monkeypatch.setattr(steps, 'unscale', unscale)
+    assert train_tiny(*flags, out='blown_up') == 0
+    assert sum(changed) > 1000
+    assert_same_run(tmp_path / 'plain', tmp_path / 'blown_up')

@@ -1,7 +1,6 @@
 # python train.py config/mixers/autoencoder_sample_16.py
 # about 3 minutes on one CPU core (0.09 s a step measured beside other work).
-# Needs: python prepare_text.py --name=wiki2mb --source=FILE
-# with 2 MB of text, as bytes.
+# Needs: python prepare_text.py --name=wiki2mb --source=FILE --max_bytes=2000000 --val_source=OTHER --test_source=THIRD
 # 16 bytes through one vector of 64 numbers; probe_sample_16.py asks what is left of them. A higher rate or a shorter
 # warm-up may leave it on the plateau of byte frequencies, 2.7 nats (LOG); so do 128 bytes a row.
 out_dir = 'out/mixer_autoencoder_sample_16'

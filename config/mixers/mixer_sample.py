@@ -1,7 +1,6 @@
 # python train.py config/mixers/mixer_sample.py
 # about 70 s on one CPU core (0.06 s a step measured beside other work), and the scoring; context 512: 105 s (0.08 s).
-# Needs: python prepare_text.py --name=wiki2mb --source=FILE
-# with 2 MB of text, as bytes.
+# Needs: python prepare_text.py --name=wiki2mb --source=FILE --max_bytes=2000000 --val_source=OTHER --test_source=THIRD
 # A masked mixer at context 128; gpt_sample.py is its attention twin at equal wall-clock. At 512, as many tokens a step:
 #     python train.py config/mixers/mixer_sample.py --block_size=512 --batch_size=8 --max_iters=1270 \
 #         --out_dir=out/mixer_sample_512

@@ -159,7 +159,7 @@ def test_training_goes_through_the_grid(train_tiny, tmp_path, monkeypatch):
     def off_grid(theta, scales):
         return max(float((p / s - (p / s).round()).abs().max()) for p, s in zip(theta, scales))
 
-    def init(self, named_params, codes, rate):
+    def init(self, named_params, codes, rate=0.0):
         real_init(self, named_params, codes, rate)
         grids.append(self)
         self.last = None
