@@ -19,7 +19,8 @@ def test_four_kills_leave_the_result_as_it_was(tmp_path, capsys):
 @pytest.mark.parametrize('name, ranks', [('train', 2), ('distill', 1), ('probe', 1)])
 def test_ctrl_c_at_any_moment_leaves_the_result_as_it_was(name, ranks, tmp_path, capsys):
     """Ctrl-C on the process that a terminal would send it to, then --init_from=resume."""
-    assert interrupt_test(str(tmp_path), name, 1, ranks, seed=1)        # early: hundreds of steps follow == []
+    seed = 1                                                # early in the run: hundreds of steps follow
+    assert interrupt_test(str(tmp_path), name, 1, ranks, seed) == []
     assert capsys.readouterr().out.count('paused at step') == 1
 
 
