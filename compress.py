@@ -139,7 +139,9 @@ WRITERS = dict(pack=TWO_PART, online=ONLINE)    # {verb: the kind of archive tha
 
 def with_target(verb, paths):
     """Return the paths of a verb that writes, the target among them: FILE.mdl, or ARCHIVE without .mdl, by default."""
-    source = paths[1] if verb == 'pack' else paths[0]
+    source = paths[0]
+    if verb == 'pack':
+        source = paths[1]
     if verb != 'unpack' and os.path.isdir(source):
         raise UserError(f'{source!r} is a folder, expected a file; make one of it: {tar_command(source)}')
     if len(paths) == VERBS[verb][1]:
@@ -252,7 +254,10 @@ def verify_in_fresh_process(out, path, original, k):
         else:
             archive_path = f'/dev/fd/{number}'
             source['pass_fds'] = [number]
-    command = [sys.executable, os.path.abspath(__file__), 'verify', archive_path, path if regular else '-',
+    original_path = '-'
+    if regular:
+        original_path = path
+    command = [sys.executable, os.path.abspath(__file__), 'verify', archive_path, original_path,
                f'--device={k.device}', f'--threads={k.threads}', f'--progress={k.progress}']
     if subprocess.run(command, **source).returncode:
         raise UserError('the archive does not decode to the file and was not kept; please report it with your machine')

@@ -127,7 +127,10 @@ def parse(name, text, default, where):
             return False
         raise UserError(f'{where}: --{name}={text} is not a bool; write --{name} (true), --no-{name} or --{name}=False')
     try:
-        value = float(text) if any(c in text.lower() for c in '.enif') else int(text)
+        if any(c in text.lower() for c in '.enif'):
+            value = float(text)
+        else:
+            value = int(text)
     except ValueError:
         raise UserError(f'{where}: --{name}={text} is not a number;'
                         f' expected {type(default).__name__}, default {default!r}') from None
@@ -162,7 +165,9 @@ def retired_flag(name, equals, text, where):
 
 def unknown(name, defaults, where):
     close = difflib.get_close_matches(name, defaults, 1, 0.5)
-    hint = f'did you mean {close[0]}?' if close else 'see --help for the list'
+    hint = 'see --help for the list'
+    if close:
+        hint = f'did you mean {close[0]}?'
     return UserError(f'{where}: unknown knob {name!r}; {hint}')
 
 
@@ -185,7 +190,9 @@ def run_config_file(path, values, defaults):
             code = compile(f.read(), path, 'exec')
     except FileNotFoundError:
         now = name_today(path)
-        hint = f'it is now {now}' if now else 'shipped ones are in config/'
+        hint = 'shipped ones are in config/'
+        if now:
+            hint = f'it is now {now}'
         raise UserError(f'config file {path!r} does not exist; {hint}') from None
     except SyntaxError as e:
         raise UserError(f'{path}:{e.lineno}: not valid Python: {e.msg}') from None
@@ -218,7 +225,9 @@ def split_paths(argv, count, command):
         return paths, [a for a in argv if a not in paths]
     fewest, most = count if isinstance(count, tuple) else (count, count)
     if len(argv) < fewest:
-        expected = fewest if fewest == most else f'{fewest} to {most}'
+        expected = f'{fewest} to {most}'
+        if fewest == most:
+            expected = fewest
         raise UserError(f'{command} takes {expected} paths, got {len(argv)}; see python {command.split()[0]} --help')
 
     # What follows the paths that must be there is one more path, or the first flag or config file.
@@ -298,7 +307,9 @@ def split_verb(argv, verbs, script, has_overwrite):
     rest = argv[1:]
     if verb not in verbs:
         close = difflib.get_close_matches(verb, verbs, 1, 0.4)
-        hint = f'did you mean {close[0]}? ' if close else ''
+        hint = ''
+        if close:
+            hint = f'did you mean {close[0]}? '
         raise UserError(f'{script}: unknown verb {verb!r}; {hint}known: {", ".join(verbs)}')
     if has_overwrite and rest[:1] == ['-f']:
         paths, rest = split_paths(rest[1:], verbs[verb], f'{script} {verb}')
@@ -348,7 +359,9 @@ def refuse(problems):
 def one_of(name, value, choices):
     """Rule for require: value is among choices."""
     close = difflib.get_close_matches(str(value), [str(c) for c in choices], 1, 0.5)
-    hint = f' (did you mean {close[0]!r}?)' if close else ''
+    hint = ''
+    if close:
+        hint = f' (did you mean {close[0]!r}?)'
     return value in choices, f'{name} = {value!r}, expected one of {", ".join(map(repr, choices))}{hint}'
 
 

@@ -353,7 +353,9 @@ if __name__ == '__main__':
     require(*leading_rules(train_only_on_leading_tokens, train_data, dataset))
     train_data = train_data.head(train_only_on_leading_tokens)
     splits = split_names(data_dir, dataset)
-    val_data = open_split(data_dir, dataset, 'val', verify) if 'val' in splits else None
+    val_data = None
+    if 'val' in splits:
+        val_data = open_split(data_dir, dataset, 'val', verify)
     student_config = config_from_knobs(config, train_data.vocab_size)
     T = student_config.block_size
     require(row_rule(train_data, dataset, T))
@@ -367,7 +369,9 @@ if __name__ == '__main__':
     # 4. The teacher, which is only asked.
     teacher_model, taught = load_model(teacher, env.device)
     check_pair(taught, student_config, train_data, k)
-    pairs = pairs_of(layer_map, student_config.n_layer, taught['model_args']['n_layer']) if a_hidden else []
+    pairs = []
+    if a_hidden:
+        pairs = pairs_of(layer_map, student_config.n_layer, taught['model_args']['n_layer'])
     teacher_model.eval().requires_grad_(False)
     teacher_model.left_padding = train_data.padded
     teacher_facts = parent_of(teacher)
@@ -405,16 +409,22 @@ if __name__ == '__main__':
     rates = Schedule(schedule, phase.n_steps, warmup_iters, min_learning_rate_ratio)
 
     # 7. The run's folder, last of all: nothing above may cost an older run in it.
-    run = Run(out_dir, config, env, signals, start=start if resumed else {}, counters=dict(
+    parents = [teacher, start_path]
+    continued = {}
+    if resumed:
+        parents = [teacher]
+        continued = start
+    parent = {}
+    if start and env.main:
+        parent = parent_of(start_path)
+    run = Run(out_dir, config, env, signals, start=continued, counters=dict(
         nonzeros=sparse.count_nonzero(student.parameters()), best_val=math.inf, final_val_loss=math.nan))
     counters = run.counters
-    parents = [teacher] if resumed else [teacher, start_path]
     of_teacher = flops_per_token(ModelConfig(**taught['model_args'])) // 3      # it goes forward only
     run.open(CSV_COLUMNS, overwrite, init_from == 'resume', parents, wandb_project if wandb_log else '', seq_length=T,
              n_params=sum(p.numel() for p in student.parameters()), n_steps=phase.n_steps, data=data_facts,
              teacher_checkpoint=teacher_facts, procedure=LABEL,
-             flops_per_token=flops_per_token(student_config) + of_teacher,
-             parent=parent_of(start_path) if start and env.main else {})
+             flops_per_token=flops_per_token(student_config) + of_teacher, parent=parent)
     bytes_per_token = train_data.bytes_per_target
     eval_rows = score.rows_per_forward(T)
     micro = micro_batch_size or batch_size // env.world

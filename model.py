@@ -290,7 +290,9 @@ class Triangles(nn.Module):
             y = linear(features, weight[0, 0], None if bias is None else bias[0])
             return y.transpose(1, 2)[:, None]                           # (B, 1, T - start, D)
         y = weight[:, 0] @ x                                            # (B, G, T - start, D)
-        return y if bias is None else y + bias[:, :, None]
+        if bias is not None:
+            y = y + bias[:, :, None]
+        return y
 
     def _convolved(self, x, weight, bias):
         """The positions are the channels, and the kernel moves along the features."""
@@ -342,7 +344,9 @@ class Mixer(nn.Module):
             y = with_earlier(F.gelu(y), cache, 1)
             y = self.mix_down(y, start).view(B, H, self.expansion, T, D).sum(2)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.proj(y) if self.heads else y
+        if self.heads:
+            y = self.proj(y)
+        return y
 
 
 # --- the transformer ---
@@ -441,7 +445,9 @@ class Block(nn.Module):
         self.is_mixer = config.block_type != 'attention'
         self.norm1 = make_norm(config, config.n_embd)
         if self.is_mixer:
-            n_head = config.n_head if config.block_type == 'multihead_mixer' else 1
+            n_head = 1
+            if config.block_type == 'multihead_mixer':
+                n_head = config.n_head
             self.mixer = Mixer(config.block_size, config.n_embd, n_head, config.kernel, config.expansion, config.bias)
         else:
             self.attention = Attention(config)
@@ -524,7 +530,9 @@ class Stack(nn.Module):
         cache is a list of one list per block, filled in place.
         """
         # Positions go on where the cache ends.
-        start = cache[0][0].size(2) if cache and cache[0] else 0
+        start = 0
+        if cache and cache[0]:
+            start = cache[0][0].size(2)
         stop = start + x.size(1)
         if stop > self.config.block_size:
             raise UserError(f'{stop} positions asked of a model with block_size = {self.config.block_size};'
@@ -537,11 +545,12 @@ class Stack(nn.Module):
         h = x if x.is_floating_point() else self.embed(x)               # (B, T, C)
         h, rope = self._with_positions(h, start, stop)
         h = self.drop(h)
-        for i, block in enumerate(self.blocks):
+        caches = cache or [None] * len(self.blocks)
+        for block, cache_of_block in zip(self.blocks, caches):
             if self.recompute and self.training:
                 h = checkpoint(block, h, rope, None, mask, use_reentrant=False)
             else:
-                h = block(h, rope, cache[i] if cache else None, mask)
+                h = block(h, rope, cache_of_block, mask)
         return self.norm(h)
 
     def _mask_of_padding(self, x, stop):
@@ -629,15 +638,20 @@ class WithEncoder(GPT):
     def encode(self, x):
         """Return what is left of rows of ids (B, T): a vector (B, C), or (B, bottleneck)."""
         vector = self.encoder.hidden(x)[:, -1]
-        return self.narrow(vector) if self.narrow else vector
+        if self.narrow:
+            vector = self.narrow(vector)
+        return vector
 
     def new_cache(self):
         raise UserError(f'wrapper = {self.config.wrapper!r} reads whole rows and cannot generate text token by token')
 
     def given(self, vector, blind=False):
         """Return the vector as the decoder sees it, (B, C); zeros of its shape where the decoder is to be blind."""
-        seen = self.widen(vector) if self.widen else vector
-        return torch.zeros_like(seen) if blind else seen
+        if self.widen:
+            vector = self.widen(vector)
+        if blind:
+            vector = torch.zeros_like(vector)
+        return vector
 
 
 class Autoencoder(WithEncoder):
@@ -802,6 +816,8 @@ def flops_per_block(config, T):
     if config.block_type == 'attention':
         return 72 * C * C + 12 * C * T
     feed_forward = 8 * C * C
-    projections = 2 * C * C if config.block_type == 'multihead_mixer' else 0
+    projections = 0
+    if config.block_type == 'multihead_mixer':
+        projections = 2 * C * C
     n_matrices = config.kernel * (2 * config.expansion or 1)
     return 6 * (feed_forward + projections + n_matrices * C * T)

@@ -122,8 +122,10 @@ def named_curves(records):
     for folder, record in records.items():
         curves = read_curves(folder)
         if curves:
-            is_unique = names.count(record['run_id']) == 1
-            named[record['run_id'] if is_unique else folder] = curves
+            name = record['run_id']
+            if names.count(name) > 1:
+                name = folder
+            named[name] = curves
     return named
 
 
@@ -319,8 +321,11 @@ def draw_size(points, name, n_bytes, size):
         dot = dict(ms=8, mfc=colour, mec='white', mew=0.8)
         if hollow:
             dot = dict(ms=7, mfc='white', mec=colour, mew=1.5)
+        label = kind
+        if len(n_params) > 1:
+            label = f'{kind}, {short(n)} weights'
         axis.plot([point.model_bytes for point in dots], [point.bits_per_byte for point in dots], marker, color=colour,
-                  zorder=3, label=kind if len(n_params) == 1 else f'{kind}, {short(n)} weights', **dot)
+                  zorder=3, label=label, **dot)
         labels += [(f'α = {power(row.alpha)}', row.model_bytes, row.bits_per_byte, colour) for row in rows if row.alpha]
 
     best = min(points, key=lambda point: point.total)
@@ -380,8 +385,10 @@ def draw_alpha(points, name, n_bytes, size):
 
     totals = [point.total for point in points] + [n_bytes]
     alphas = [point.alpha for point in points if point.alpha]
-    is_wide = max(totals) > 6 * min(totals)
-    axis.set(xscale='log', yscale='log' if is_wide else 'linear',
+    yscale = 'linear'
+    if max(totals) > 6 * min(totals):
+        yscale = 'log'
+    axis.set(xscale='log', yscale=yscale,
              xlabel='regularisation strength α', ylabel=f'model bytes ({SIZES[size]}) + data bytes',
              title=f'{name}: description length of the training split')
     shorten_ticks(axis.yaxis, 'B')
@@ -464,7 +471,10 @@ def plot_alphas(points, name, label, n_bytes, k):
     for n_params in swept:
         of_size = [point for point in points if point.n_params == n_params]
         figure = draw_alpha(of_size, name, n_bytes, k.size)
-        save(figure, f'alpha_{label}_{n_params}' if len(swept) > 1 else f'alpha_{label}', k)
+        stem = f'alpha_{label}'
+        if len(swept) > 1:
+            stem = f'alpha_{label}_{n_params}'
+        save(figure, stem, k)
     if not swept:
         counts = [f'{n} of {kind} ({short(n_params)} weights)' for (kind, n_params), n in n_alphas.items()]
         print(f'skipped alpha_{label}: expected one model and procedure at 2 values of alpha > 0, got'
@@ -495,7 +505,9 @@ if __name__ == '__main__':
     set_names = [name for name, _ in by_data]
     for (name, sha256), points in by_data.items():
         n_bytes = sum(point.n_bytes for point in points) / len(points)
-        label = name if set_names.count(name) == 1 else f'{name}_{sha256[:8]}_{n_bytes:.0f}'
+        label = name
+        if set_names.count(name) > 1:
+            label = f'{name}_{sha256[:8]}_{n_bytes:.0f}'
         if len(points) > 1:
             save(draw_size(points, name, n_bytes, size), f'size_{label}', k)
         else:

@@ -87,7 +87,9 @@ def open_shards(source, whole_source):
     splits = hub_splits(source)
     require(('train' in splits, f'{source!r} has no split train, only {", ".join(splits)}'))
     train = splits['train']
-    columns = ['text'] if whole_source else ['text', 'meta']
+    columns = ['text']
+    if not whole_source:
+        columns.append('meta')
     n = train.n_shards
     shards = []
     for i in range(n):
@@ -106,14 +108,19 @@ def file_records(path):
 def hub_records(rows, columns):
     """Yield (text, component) of one shard of a hub data set; None where the source names none."""
     for text, *meta in hub_rows(rows, columns, "expected the Pile's form, or one component and --whole_source"):
-        yield text or '', component_of(*meta) if meta else None
+        component = None
+        if meta:
+            component = component_of(*meta)
+        yield text or '', component
 
 
 def component_of(meta):
     """Return meta.pile_set_name, None where there is none; some mirrors hold meta as JSON text."""
     if isinstance(meta, str) and meta.startswith('{'):
         meta = json.loads(meta)
-    return meta.get('pile_set_name') if isinstance(meta, dict) else None
+    if not isinstance(meta, dict):
+        return None
+    return meta.get('pile_set_name')
 
 
 @dataclass
@@ -167,7 +174,9 @@ class Component:
     def __init__(self, name, folder, dtype, tok, eot, max_tokens, state):
         separator = b''
         if eot:
-            separator = b'\n\n\n' if tok is None else [tok.end]
+            separator = b'\n\n\n'
+        if eot and tok is not None:
+            separator = [tok.end]
         self.name = name
         self.folder = folder
         train = PackedWriter(folder, 'train', dtype, tok, separator, max_tokens, state=state.get('train', EMPTY))
@@ -217,7 +226,9 @@ def stream(records, components, queue, save, resume, k):
     bar = tqdm(unit=' documents', disable=None)
     try:
         for text, pile_name in records:
-            target = next(iter(components.values())) if k.whole_source else by_name.get(pile_name)
+            target = by_name.get(pile_name)
+            if k.whole_source:
+                target = next(iter(components.values()))
             if text and target:
                 raw = text_bytes_of(text, target.name)
                 place = hash_of((raw,), k.seed) / 2 ** 64

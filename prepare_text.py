@@ -111,7 +111,8 @@ def given_splits(separator, k):
             require((not clash, f'{split}_source and source share {", ".join(sorted(clash)[:3])}, expected other text;'
                      f' leave {split}_source out to have documents of the source set aside'))
             theirs = read_source(where, separator, k)
-            given[split] = theirs[split] if split in theirs else next(iter(theirs.values()))
+            first = next(iter(theirs.values()))
+            given[split] = theirs.get(split, first)
         if split in given:
             origin[split] = where or OWN
     return given, origin
@@ -120,7 +121,9 @@ def given_splits(separator, k):
 def cut_by_hash(documents, test_below, val_below, seed):
     """Yield (split, Document); val_below 0: all train, and none is hashed."""
     for document in documents:
-        place = hash_of(document.read(), seed) if val_below else 0
+        place = 0
+        if val_below:
+            place = hash_of(document.read(), seed)
         yield split_at(place, test_below, val_below), document
 
 
@@ -146,7 +149,9 @@ class Splits:
         self.folder = folder
         self.existed = os.path.isdir(folder)
         self.tok = tok
-        self.separator = separator if tok is None else [tok.end]
+        self.separator = separator
+        if tok is not None:
+            self.separator = [tok.end]
         self.dtype = tokenizer_meta(tok)['dtype']
         self.rows = k.rows
         self.truncate = k.truncate
@@ -225,7 +230,9 @@ def say_what_was_done(origin, n_repeated, keep_repeated, cleaned):
     for split, where in origin.items():
         print(f'{split}: {where}')
     if n_repeated:
-        fate = 'kept, as these are the own splits of the set' if keep_repeated else 'left out of train'
+        fate = 'left out of train'
+        if keep_repeated:
+            fate = 'kept, as these are the own splits of the set'
         print(f'{n_repeated:,} documents of train stand in val or test too: {fate}')
     if cleaned:
         print(f'cleaned {cleaned["lines"]:,} lines: {cleaned["duplicate_lines"]:,} near-duplicates and'
@@ -249,10 +256,16 @@ if __name__ == '__main__':
     require((first_two, f'source {source!r} holds no text, expected at least one byte of it; nothing was written'))
 
     # What is cut from the source: documents by their hash, or the tail where there is only one.
-    val_share = 0 if 'val' in given else val_fraction
-    test_share = test_fraction if val_share and 'test' not in given else 0
+    val_share = 0
+    test_share = 0
+    if 'val' not in given:
+        val_share = val_fraction
+    if val_share and 'test' not in given:
+        test_share = test_fraction
     is_single = len(first_two) == 1
-    how = 'tail of the only document' if is_single else f'documents of the source by hash, seed {seed}'
+    how = f'documents of the source by hash, seed {seed}'
+    if is_single:
+        how = 'tail of the only document'
     if val_share:
         origin['val'] = how
     if test_share:
@@ -285,7 +298,9 @@ if __name__ == '__main__':
         say_what_was_done(origin, n_repeated, keep_repeated, cleaned)
         about_source = dict(source=source, config=hub_config, sha256=sha256, splits=origin, cleaned=cleaned,
                             repeated_documents=n_repeated)
-        about_rows = dict(rows=dict(length=rows, control='', truncate=truncate)) if rows else {}
+        about_rows = {}
+        if rows:
+            about_rows['rows'] = dict(length=rows, control='', truncate=truncate)
         writers = {split: splits.writers[split] for split in ('train', *origin)}
         finish(folder, SCRIPT, recorded_argv, writers, about_source, **tokenizer_meta(tok), **about_rows)
     except BaseException:

@@ -111,9 +111,9 @@ def tfds_source(folder, language):
         lengths = [int(n) for s in info['splits'] if s['name'] == split for n in s.get('shardLengths', [])]
 
         # How many shards there should be is in the info; in older ones only in the files' names.
-        n_shards = len(lengths)
-        if not lengths:
-            n_shards = int(paths[0].rpartition('-')[2]) if paths else 1
+        n_shards = len(lengths) or 1
+        if paths and not lengths:
+            n_shards = int(paths[0].rpartition('-')[2])
         if len(paths) != n_shards:
             raise UserError(f'{folder} holds {len(paths)} shards of {split}, expected {n_shards}; copy it again')
         articles = [functools.partial(tfds_articles, readers[form], path) for path in paths]
@@ -137,7 +137,7 @@ def hub_source(hub, language):
     for split in SPLITS:
         rows = splits[split]
         info = (rows.info.splits or {}).get(split)
-        found.expected[split] = info.num_examples if info else None
+        found.expected[split] = getattr(info, 'num_examples', None)
         found.shards[split] = [Shard(functools.partial(hub_articles, rows, i, hub)) for i in range(rows.n_shards)]
     return found
 
@@ -145,7 +145,10 @@ def hub_source(hub, language):
 def hub_articles(rows, shard, hub):
     """Yield the articles of one shard as bytes."""
     for text in hub_texts(rows.shard(rows.n_shards, shard)):
-        yield undo_repr(text, hub) if isinstance(text, str) else text_bytes_of(text, hub)
+        if isinstance(text, str):
+            yield undo_repr(text, hub)
+        else:
+            yield text_bytes_of(text, hub)
 
 
 def undo_repr(text, where=''):
@@ -174,7 +177,9 @@ def progress_from(state, folder):
     saved = {split: Progress(**done) for split, done in state['splits'].items()}
     # Of an empty file nothing is needed, so it may be missing.
     good = all(done.bytes == 0 or is_written(folder, SPLITS[split], done.bytes) for split, done in saved.items())
-    return saved if good else fresh
+    if not good:
+        return fresh
+    return saved
 
 
 def save_progress(resume, progress):
@@ -201,8 +206,10 @@ class SplitWriter:
 
     def write(self, shards, expected):
         """Append the shards that are not done yet; expected: articles of all, for the bar."""
-        bar = tqdm(desc=self.split, total=None if self.limit else expected, initial=self.bin.documents,
-                   unit=' articles', disable=None)
+        total = expected
+        if self.limit:
+            total = None
+        bar = tqdm(desc=self.split, total=total, initial=self.bin.documents, unit=' articles', disable=None)
         try:
             for i in range(self.progress.shards, len(shards)):
                 if self.is_full:
@@ -282,7 +289,9 @@ if __name__ == '__main__':
     # One split after the other, shard after shard.
     writers = {}
     for split in SPLITS:
-        limit = max_bytes if split == 'train' else max_eval_bytes
+        limit = max_eval_bytes
+        if split == 'train':
+            limit = max_bytes
         writer = SplitWriter(folder, split, limit, progress[split], save, check_articles)
         writer.write(articles.shards[split], articles.expected[split])
         writer.say(articles.expected[split], PUBLISHED.get(language, {}).get(split))

@@ -30,7 +30,7 @@ import os
 import sys
 import time
 
-from training.checkpoint import load_checkpoint, save_checkpoint, weights_alone
+from training.checkpoint import load_checkpoint, save_checkpoint, sorted_names, weights_alone
 from training.folder import alive, read_run, read_status, runs_here
 from training.process import PAUSED
 from training.table import markdown, write_csv
@@ -54,9 +54,8 @@ VERDICTS = ('DIFFERS', 'data', 'allowed', '')                           # in the
 
 def gather(folder):
     """Read every run.json below folder; a run whose process died without a word (kill -9) has status 'killed'."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     records = []
-    for name in names:
+    for name in sorted_names(folder):
         record = read_run(os.path.join(folder, name))
         if runs_here(record) and not alive(record['pid']):
             record['status'] = 'killed'
@@ -187,8 +186,11 @@ if __name__ == '__main__':
     if verb == 'compare':
         rows, unfair = side_by_side({path: read_run(path) for path in paths}, names_in(allow))
         print(markdown(rows, list(rows[0])))
-        print(f'not fair: {", ".join(unfair)}' if unfair else 'fair')
-        sys.exit(1 if unfair else 0)
+        if unfair:
+            print(f'not fair: {", ".join(unfair)}')
+            sys.exit(1)
+        print('fair')
+        sys.exit(0)
 
     # A checkpoint as one file, whole or without what only its own run needs; or as a folder for transformers.
     if verb in ('convert', 'export_weights'):

@@ -43,13 +43,17 @@ def windows(n_tokens, block_size, minimal_context=0):
     a row has o + 1 inputs, so rows after the first score offsets from m - 1 on and advance by block_size - (m - 1).
     """
     skip = max(minimal_context - 1, 0)
+    first_scored = 0
     for i in range(n_windows(n_tokens, block_size, minimal_context)):
-        yield i * (block_size - skip), skip if i else 0
+        yield i * (block_size - skip), first_scored
+        first_scored = skip
 
 
 def rows_per_forward(block_size):
     """Rows per evaluation forward: about 16,384 tokens, where there is no GPU 4,096, which stay in a core's cache."""
-    n_tokens = 16384 if torch.cuda.is_available() else 4096
+    n_tokens = 4096
+    if torch.cuda.is_available():
+        n_tokens = 16384
     return max(1, n_tokens // block_size)
 
 
@@ -305,13 +309,18 @@ def document_starts(data):
 
     # Wiki-40B's mark begins a document, three newlines end one. A chunk reaches as far into the next one as a mark
     # that begins in it can.
+    mark = b'\n\n\n'
     is_wiki40b = data.tokens[:len(WIKI40B_MARK)].tobytes() == WIKI40B_MARK
-    mark = WIKI40B_MARK if is_wiki40b else b'\n\n\n'
+    if is_wiki40b:
+        mark = WIKI40B_MARK
     for start in range(0, data.n_tokens, CHUNK):
         stop = start + CHUNK + len(mark) - 1
         chunk = data.tokens[start:stop].tobytes()
         for match in re.finditer(mark, chunk):
-            yield start + (match.start() if is_wiki40b else match.end())
+            if is_wiki40b:
+                yield start + match.start()
+            else:
+                yield start + match.end()
 
 
 # --- pairs: the same targets with and without metadata ---
@@ -364,7 +373,9 @@ def evaluate_pairs(model, arms, batch_size, env, n_resamples=1000, max_rows=0, p
     arms = {arm: rows.head(max_rows * rows.row_length) for arm, rows in arms.items()}
     sums = {}
     for arm, rows in arms.items():
-        label = f'{progress} {arm}' if progress else ''
+        label = ''
+        if progress:
+            label = f'{progress} {arm}'
         sums[arm] = row_sums(model, rows, batch_size, env, label)
     for pieces in ('all', 'first'):
         documents = {}

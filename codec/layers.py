@@ -152,7 +152,9 @@ class Product:
     def __call__(self, a):
         """Return the outputs of integers a (..., in)."""
         y = self.multiply(a).mul_(self.factor)
-        return y if self.shift is None else y.add_(self.shift)
+        if self.shift is not None:
+            y.add_(self.shift)
+        return y
 
     def add_to(self, x, a):
         """Return residual states x with the outputs of integers a added."""
@@ -178,7 +180,9 @@ class Product:
             for limb in reversed(self.limbs):   # int32 sums, all below 2^24 in the end
                 y = torch._int_mm(high, limb).mul_(128)
                 y.add_(torch._int_mm(low, limb))
-                total = y if total is None else total.mul_(128).add_(y)
+                if total is not None:
+                    y.add_(total.mul_(128))
+                total = y
             target.copy_(total)
         return out
 
@@ -205,8 +209,9 @@ class MixingProduct:
         scale = np.concatenate((of_folded, of_folded[:, ::-1]), 1)
         factor = scale / self.input.scale * out
         self.factor = arithmetic.put(factor, dtype).unsqueeze(-1)               # (G, W, 1)
-        shift = parts.scaled(f'{name}.bias', out, dtype)
-        self.shift = None if shift is None else shift.view(G, W, 1)
+        self.shift = parts.scaled(f'{name}.bias', out, dtype)
+        if self.shift is not None:
+            self.shift = self.shift.view(G, W, 1)
 
     def mix(self, v, first, stop):
         """Positions first to stop of the mixtures (G, n, B·D) of integers v (H, stop, B·D), G/H of each head."""
@@ -215,7 +220,9 @@ class MixingProduct:
         rows = self.weight[:, first:stop, :stop].reshape(H, -1, stop)           # of all matrices of a head
         y = torch.bmm(rows, v).to(self.dtype)
         y = y.view(G, stop - first, -1).mul_(self.factor[:, first:stop])
-        return y if self.shift is None else y.add_(self.shift[:, first:stop])
+        if self.shift is not None:
+            y.add_(self.shift[:, first:stop])
+        return y
 
 
 def raise_outputs(product, offset):
@@ -292,7 +299,9 @@ class Norm:
         """Return the normalised states with gain and bias, in units of the output."""
         d, factor = self.deviations(x)
         y = d * factor * self.gain
-        return y if self.shift is None else y + self.shift
+        if self.shift is not None:
+            y = y + self.shift
+        return y
 
 
 # --- layers ---
@@ -445,7 +454,10 @@ class Mixer:
         D = self.D
         stop = start + T
         mixing = self.mixing
-        v = self.norm.apply(x) if self.flat else self.norm.multiply(x, self.heads)
+        if self.flat:
+            v = self.norm.apply(x)
+        else:
+            v = self.norm.multiply(x, self.heads)
         v = v.view(B, T, H, D).permute(2, 1, 0, 3)
         v = v.reshape(H, T, B * D)
         v = mixing.input.fit(v.to(mixing.dtype, copy=True))
@@ -496,8 +508,10 @@ class Block:
     """Attention or a mixer, then the feed-forward network, on residual states (B, T, C) float64."""
 
     def __init__(self, parts, rotation):
-        attends = parts.args.get('block_type', 'attention') == 'attention'
-        self.mixer = Attention(parts, rotation) if attends else Mixer(parts)
+        if parts.args.get('block_type', 'attention') == 'attention':
+            self.mixer = Attention(parts, rotation)
+        else:
+            self.mixer = Mixer(parts)
         self.feed_forward = FeedForward(parts)
 
     def __call__(self, x, cache, start, n):

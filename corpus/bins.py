@@ -33,7 +33,9 @@ def sha256_file(path, limit=-1):
 def _hash_of(path, limit=-1):
     """Return the hash object of a file's first limit bytes (-1: all), to which more bytes can be added."""
     sha = hashlib.sha256()
-    left = math.inf if limit < 0 else limit
+    left = limit
+    if limit < 0:
+        left = math.inf
     with open(path, 'rb') as f:
         while chunk := f.read(min(1 << 20, left)):
             sha.update(chunk)
@@ -88,7 +90,9 @@ class BinWriter:
         self.file.write(raw)
         self.sha.update(raw)
         self.n_bytes += len(raw)
-        self.text_bytes += len(raw) if text_bytes is None else text_bytes
+        if text_bytes is None:
+            text_bytes = len(raw)
+        self.text_bytes += text_bytes
         self.documents += documents
 
     def _raw(self, ids):
@@ -179,7 +183,9 @@ def read_meta(data_dir, dataset):
             meta = json.load(f)
     except ValueError as e:
         raise UserError(f'{path} is not valid JSON ({e}); prepare the data set again') from None
-    found = meta.get('format') if isinstance(meta, dict) else None
+    found = None
+    if isinstance(meta, dict):
+        found = meta.get('format')
     if found != FORMAT:
         raise UserError(f'{path} has format {found!r}, this version reads {FORMAT!r};'
                         ' prepare the data set again')
@@ -273,7 +279,9 @@ class Bin(Data):
 
     def count_words(self):
         """Count the words of the text: of bytes here and now, of ids as it was counted when they were made, or 0."""
-        return words_in(self.tokens) if self.tokenizer == 'byte' else self.words
+        if self.tokenizer == 'byte':
+            return words_in(self.tokens)
+        return self.words
 
     def gather(self, starts, length):
         """Return inputs and targets, two (B, length) int64 arrays; row i scores tokens [starts[i], starts[i] + length).
@@ -403,7 +411,9 @@ def read_byte_lengths(meta, folder):
     if not name:
         return None
     path = os.path.join(folder, plain_name(name, folder))
-    return np.fromfile(path, '<u2') if os.path.exists(path) else None
+    if not os.path.exists(path):
+        return None
+    return np.fromfile(path, '<u2')
 
 
 def split_names(data_dir, dataset):

@@ -62,8 +62,11 @@ class Cutter:
         self.tok = tok
         self.length = length
         self.control = control
-        self.byte_lengths = None if tok is None else tok.byte_lengths
-        self.pad = NEWLINE if tok is None else tok.end
+        self.byte_lengths = None
+        self.pad = NEWLINE
+        if tok is not None:
+            self.byte_lengths = tok.byte_lengths
+            self.pad = tok.end
         self.markup_ids = functools.lru_cache(1 << 16)(self.encode_one)     # tags come again and again
         self.close = self.encode_one(CLOSE)
         require((length // 2 > len(self.close), f'block_size = {length} is too short for a prefix and text, expected'
@@ -100,14 +103,21 @@ class Cutter:
         ids = []
         kinds = []
         for string, is_markup in segments:
-            some = self.markup_ids(string) if is_markup else next(ids_of_texts)
+            if is_markup:
+                some = self.markup_ids(string)
+                kind = MARKUP
+            else:
+                some = next(ids_of_texts)
+                kind = TEXT
             ids.append(some)
-            kinds.append(np.full(len(some), MARKUP if is_markup else TEXT))
+            kinds.append(np.full(len(some), kind))
         return np.concatenate(ids), np.concatenate(kinds)
 
     def stretch(self, ids, kinds, lead):
         """Return tokens with their places in the bytes of the text; markup is empty, lead bytes come before byte 0."""
-        n_bytes = 1 if self.tok is None else self.byte_lengths[ids]
+        n_bytes = 1
+        if self.tok is not None:
+            n_bytes = self.byte_lengths[ids]
         size = np.where(kinds == TEXT, n_bytes, 0)
         end = np.cumsum(size) - lead
         return Stretch(ids, kinds, end - size, end)

@@ -23,7 +23,9 @@ def parse_mix(text):
     for part in names_in(text):
         name, colon, number = part.partition(':')
         try:
-            weight = float(number) if colon else 1.0
+            weight = 1.0
+            if colon:
+                weight = float(number)
         except ValueError:
             raise UserError(f'data_mix = {text!r}: {number!r} is not a weight, expected pubmed:0.5,uspto:0.5') from None
         require((0 <= weight < float('inf'), f'data_mix = {text!r}: the weight of {name} is {weight:g}, expected >= 0'),
@@ -40,8 +42,9 @@ def row_counts(shares):
     """Divide a super-block among shares (S,) by largest remainders; ties go to the earlier one."""
     exact = np.asarray(shares) * SUPER_BLOCK
     counts = np.floor(exact + 1e-9).astype(np.int64)
+    n_left = SUPER_BLOCK - counts.sum()
     by_remainder = np.argsort(counts - exact, kind='stable')
-    counts[by_remainder[:SUPER_BLOCK - counts.sum()]] += 1
+    counts[by_remainder[:n_left]] += 1
     return tuple(counts.tolist())
 
 
@@ -49,7 +52,8 @@ def row_counts(shares):
 def super_block(counts, seed, number):
     """Return source and rank among the rows of that source, two arrays, of the 1,000 rows of a super-block."""
     # Cards in a shuffled pack: the first counts[0] cards are of source 0, and so on.
-    card = permute(np.arange(SUPER_BLOCK), SUPER_BLOCK, key_of(seed, 'mixture', number))
+    key = key_of(seed, 'mixture', number)
+    card = permute(np.arange(SUPER_BLOCK), SUPER_BLOCK, key)
     source = np.searchsorted(np.cumsum(counts), card, 'right')
     rank = np.empty(SUPER_BLOCK, np.int64)
     for k, n in enumerate(counts):
@@ -80,8 +84,9 @@ def exhausted_at(counts, blocks, seed):
         # Block n, one more than there are, falls into this super-block, at this rank among the source's rows.
         number, missing = divmod(n, count)
         source, rank = super_block(counts, seed, number)
-        slot = np.flatnonzero((source == k) & (rank == missing))[0]
-        rows.append(number * SUPER_BLOCK + int(slot))
+        is_block_n = (source == k) & (rank == missing)
+        slot = int(np.flatnonzero(is_block_n)[0])
+        rows.append(number * SUPER_BLOCK + slot)
     return min(rows)
 
 
@@ -111,10 +116,14 @@ class Mixture(Data):
         self.n_targets = self.n_tokens
         self.text_bytes = sum(s.head(n).text_bytes for s, n in zip(sources, lengths) if n)
         self.n_balanced = int(min(n / share for n, share in zip(lengths, shares)))
-        short = [s.name for s, n in zip(sources, self.blocks) if not n]
-        require((not short, f'{", ".join(short)} ({self.split}) hold less than one block of {block_size} tokens;'
+        self._check()
+
+    def _check(self):
+        """Refuse a source without a block, and a share without a row."""
+        short = [s.name for s, n in zip(self.sources, self.blocks) if not n]
+        require((not short, f'{", ".join(short)} ({self.split}) hold less than one block of {self.block_size} tokens;'
                  ' give them more text or use a smaller --block_size'),
-                (min(self.counts) > 0, f'a share of {min(shares):.2g} is less than one row in {SUPER_BLOCK:,};'
+                (min(self.counts) > 0, f'a share of {min(self.shares):.2g} is less than one row in {SUPER_BLOCK:,};'
                  ' give it a larger weight'))
 
     def head(self, n_tokens):
@@ -134,8 +143,12 @@ class Mixture(Data):
     def rows_by_source(self, n_rows, seed):
         """Count how many of the first n_rows rows of a run come from each source; {name: rows}."""
         n_super_blocks = n_rows // SUPER_BLOCK
-        source, _ = draw(self.counts, np.arange(n_super_blocks * SUPER_BLOCK, n_rows), seed)
-        rows = n_super_blocks * np.array(self.counts) + np.bincount(source, minlength=len(self.sources))
+        of_whole = n_super_blocks * np.array(self.counts)
+
+        # Of the last super-block, which is not whole, the rows themselves tell.
+        others = np.arange(n_super_blocks * SUPER_BLOCK, n_rows)
+        source, _ = draw(self.counts, others, seed)
+        rows = of_whole + np.bincount(source, minlength=len(self.sources))
         return {s.name: int(n) for s, n in zip(self.sources, rows)}
 
     def n_batches(self, batch_size, block_size, seed):
@@ -153,10 +166,13 @@ class Mixture(Data):
         A source that is through begins anew, reshuffled.
         """
         first = number * batch_size
-        source, index = draw(self.counts, np.arange(first, first + batch_size), seed)
-        passes, block = np.divmod(index, np.array(self.blocks)[source])
+        rows = np.arange(first, first + batch_size)
+        source, index = draw(self.counts, rows, seed)
+        blocks_there = np.array(self.blocks)[source]
+        passes, block = np.divmod(index, blocks_there)
         if order == 'permuted':
-            for k, p in set(zip(source.tolist(), passes.tolist())):
+            drawn = set(zip(source.tolist(), passes.tolist()))
+            for k, p in drawn:
                 of_pass = (source == k) & (passes == p)
                 key = key_of(seed, self.sources[k].name, p)
                 block[of_pass] = permute(block[of_pass], self.blocks[k], key)
@@ -170,7 +186,10 @@ class Mixture(Data):
         source = np.searchsorted(self.offsets, starts, 'right') - 1
         for k in np.unique(source[starts >= 0]):
             of_source = source == k
-            x[of_source], y[of_source] = self.sources[k].gather(starts[of_source] - self.offsets[k], length)
+            starts_there = starts[of_source] - self.offsets[k]
+            inputs, targets = self.sources[k].gather(starts_there, length)
+            x[of_source] = inputs
+            y[of_source] = targets
         return x, y
 
     def n_scored(self, starts, length):

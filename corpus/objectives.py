@@ -4,8 +4,12 @@ import numpy as np
 from configurator import one_of
 from corpus.bins import Data
 
-OBJECTIVES = {'': ('clm', 'copy', 'blank_copy', 'combined'), 'autoencoder': ('autoencode',), 'oracle': ('memory',),
-              'memory': ('memory', 'copy', 'blank_copy', 'combined')}
+OBJECTIVES = {                          # of each wrapper of a model
+    '': ('clm', 'copy', 'blank_copy', 'combined'),
+    'autoencoder': ('autoencode',),
+    'oracle': ('memory',),
+    'memory': ('memory', 'copy', 'blank_copy', 'combined'),
+}
 FACTS = ('n_tokens', 'n_targets', 'n_balanced', 'text_bytes', 'vocab_size', 'start_id', 'tokenizer', 'name', 'split',
          'sha256', 'row_length', 'padded')
 
@@ -71,7 +75,9 @@ class Objective(Data):
             x = np.concatenate((x[:, :1], tokens[:, :-1]), 1)
 
         # A model with an encoder shifts the tokens itself.
-        return (tokens if self.wrapper else x), y
+        if self.wrapper:
+            return tokens, y
+        return x, y
 
     def copied_rows(self, starts, length):
         """Say which rows (B,) are copied: all, but with 'combined' those of even number."""
@@ -89,11 +95,14 @@ class Objective(Data):
 def copy_first_half(tokens, y, copied):
     """Repeat the first half of rows (B, T) where copied (B, 1), and score the repetition alone; return tokens and y."""
     half = tokens.shape[1] // 2
-    twice = np.concatenate((tokens[:, :half], tokens[:, :half]), 1)
-    targets = np.concatenate((np.full_like(y[:, :half], -1), y[:, :half]), 1)
+    twice = np.tile(tokens[:, :half], 2)
+    not_scored = np.full_like(y[:, :half], -1)
+    targets = np.concatenate((not_scored, y[:, :half]), 1)
     return np.where(copied, twice, tokens), np.where(copied, targets, y)
 
 
 def with_objective(data, objective, wrapper):
     """Return data as it is for plain language modelling, else with the objective's rows."""
-    return Objective(data, objective, wrapper) if wrapper or objective != 'clm' else data
+    if objective == 'clm' and not wrapper:
+        return data
+    return Objective(data, objective, wrapper)

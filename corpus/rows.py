@@ -103,7 +103,9 @@ def open_rows(data, meta, folder, verify=False):
     entry = meta['splits'][data.split]
     again = how_to_make(meta)
     path = os.path.join(folder, plain_name(entry['mask'], folder))
-    size = os.path.getsize(path) if os.path.exists(path) else 0
+    size = 0
+    if os.path.exists(path):
+        size = os.path.getsize(path)
     if size != data.n_tokens or not os.path.exists(path):
         raise UserError(f'{path} has {size} bytes, expected one for each of {data.n_tokens} tokens; {again}')
     if verify and sha256_file(path) != entry['mask_sha256']:
@@ -171,8 +173,13 @@ class DocumentRowWriter(RowWriter):
     """
 
     def __init__(self, folder, split, dtype, tok, length, truncate=False):
-        super().__init__(folder, split, dtype, None if tok is None else tok.byte_lengths)
-        self.pad = NEWLINE if tok is None else tok.end
+        byte_lengths = None
+        pad = NEWLINE
+        if tok is not None:
+            byte_lengths = tok.byte_lengths
+            pad = tok.end
+        super().__init__(folder, split, dtype, byte_lengths)
+        self.pad = pad
         self.length = length
         self.truncate = truncate
         self.waiting = np.zeros(0, np.uint32)                   # the held back ids
@@ -189,16 +196,19 @@ class DocumentRowWriter(RowWriter):
 
     def write(self, tokens, text_bytes=None, documents=0):
         """Append a part of the document that begin_document opened; text_bytes is counted by what is written."""
-        ids = np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes) else np.asarray(tokens)
-        ids = np.concatenate((self.waiting, ids.astype(np.uint32)))
+        if isinstance(tokens, bytes):
+            tokens = np.frombuffer(tokens, np.uint8)
+        ids = np.concatenate((self.waiting, np.asarray(tokens).astype(np.uint32)))
         n_whole = len(ids) // self.length * self.length
         self._put(ids[:n_whole].reshape(-1, self.length), self.length)
         self.waiting = ids[n_whole:]
 
     def _put(self, rows, n_text):
         """Write rows (n, T), of which the first n_text columns are text."""
+        if self.truncate and not self.begins:
+            return
         if self.truncate:
-            rows = rows[:1] if self.begins else rows[:0]
+            rows = rows[:1]
         if len(rows) == 0:
             return
         mask = np.where(np.arange(self.length) < n_text, TEXT, PAD)

@@ -141,7 +141,9 @@ def tiktoken_tokenizer(encoding, name, sha256, file, n_threads):
     """Return a Tokenizer that encodes by tiktoken on so many threads."""
     lengths = [len(piece) for piece in pieces_by_id(encoding)]
     lengths[encoding.eot_token] = 0
-    mapped = ThreadPoolExecutor(n_threads).map if n_threads > 1 else map
+    mapped = map
+    if n_threads > 1:
+        mapped = ThreadPoolExecutor(n_threads).map
 
     def encode_one(text):
         return encoding.encode_to_numpy(text, disallowed_special=())
@@ -157,7 +159,9 @@ def pieces_by_id(encoding):
 
 def json_tokenizer(path, end_of_text):
     """Return the Tokenizer in a tokenizer.json (or its folder) of the tokenizers library."""
-    file = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
+    file = path
+    if os.path.isdir(path):
+        file = os.path.join(path, 'tokenizer.json')
     require((os.path.isfile(file), f'tokenizer = {path!r}, expected byte, gpt2, the path of a'
              ' tokenizer.json, or the --name of one that train_tokenizer.py made'))
     import tokenizers
@@ -239,7 +243,9 @@ def pieces_of(chunks, label):
             position += len(chunk)
             start = 0
             while (match := CUT.search(text, start + PIECE)) or len(text) - start > 4 * PIECE:
-                cut = match.end() if match else start + 4 * PIECE
+                cut = start + 4 * PIECE
+                if match:
+                    cut = match.end()
                 yield text[start:cut]
                 start = cut
             text = text[start:]
@@ -257,13 +263,16 @@ def tokenizer_meta(tok):
     if tok is None:
         return dict(dtype='uint8')
     extras = {'token_bytes.bin': tok.byte_lengths.astype('<u2').tobytes()}      # one per id
+    file = ''
     if tok.file:
-        extras['tokenizer.json'] = b''.join(chunks_of(tok.file))
+        file = 'tokenizer.json'
+        extras[file] = b''.join(chunks_of(tok.file))
+    said = dict(name=tok.name, sha256=tok.sha256, file=file, token_bytes='token_bytes.bin')
     n_ids = len(tok.byte_lengths)
-    said = dict(name=tok.name, sha256=tok.sha256, file='tokenizer.json' if tok.file else '',
-                token_bytes='token_bytes.bin')
-    return dict(dtype='uint16' if n_ids <= 1 << 16 else 'uint32', vocab_size=n_ids, start_id=tok.end, extras=extras,
-                tokenizer=said)
+    dtype = 'uint32'
+    if n_ids <= 1 << 16:
+        dtype = 'uint16'
+    return dict(dtype=dtype, vocab_size=n_ids, start_id=tok.end, extras=extras, tokenizer=said)
 
 
 def tokenizer_folder(checkpoint):

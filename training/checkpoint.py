@@ -25,7 +25,9 @@ def commit_id():
                               capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ''
-    return done.stdout.strip() if done.returncode == 0 else ''
+    if done.returncode:
+        return ''
+    return done.stdout.strip()
 
 
 def versions():
@@ -58,7 +60,9 @@ def save_checkpoint(path, checkpoint, keep_last=1):
 
     # The oldest is replaced by the next one, and so on; the new one comes last.
     for i in range(keep_last - 1, 0, -1):
-        older = path if i == 1 else f'{path}.{i - 1}'
+        older = f'{path}.{i - 1}'
+        if i == 1:
+            older = path
         if os.path.exists(older):
             replace(older, f'{path}.{i}')
     replace(tmp, path)
@@ -94,18 +98,27 @@ def replace(path, target):
 def newest_checkpoint(folder):
     """Path of the checkpoint in a run folder, ckpt.pt or ckpt.sharded, the newer where there are both."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt.sharded')]
-    times = [os.path.getmtime(path) if os.path.exists(path) else 0 for path in paths]
-    return paths[times.index(max(times))]
+    present = [path for path in paths if os.path.exists(path)]
+    return max(present, key=os.path.getmtime, default=paths[0])
+
+
+def sorted_names(folder):
+    """Names of what a folder holds, in order; none where it is not there."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(os.listdir(folder))
 
 
 def others_beside(path):
     """Name the other checkpoints in the folder of a damaged one, for its message; '' where there are none."""
     path = os.path.normpath(path)
     folder = os.path.dirname(path)
-    names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
-    others = [os.path.join(folder, name) for name in sorted(names) if CHECKPOINT_NAME.fullmatch(name)]
+    names = sorted_names(folder or '.')
+    others = [os.path.join(folder, name) for name in names if CHECKPOINT_NAME.fullmatch(name)]
     others = [other for other in others if other != path]
-    return f' ({", ".join(others)})' if others else ''
+    if not others:
+        return ''
+    return f' ({", ".join(others)})'
 
 
 def load_checkpoint(path, device='cpu'):
@@ -200,7 +213,9 @@ def load_encoder(model, path):
 
 def encoder_weights(checkpoint):
     """Return {name: tensor} of a checkpoint's encoder; of a plain model's, all but its head."""
-    prefix = 'encoder.' if checkpoint['model_args'].get('wrapper') else ''
+    prefix = ''
+    if checkpoint['model_args'].get('wrapper'):
+        prefix = 'encoder.'
     weights = {}
     for name, tensor in checkpoint['model'].items():
         if name.startswith(prefix) and not name.startswith('head.'):
@@ -245,6 +260,10 @@ def parent_of(path):
         return dict(path=path, sha256=','.join(map(sha256_file, files)))
     if os.path.isdir(path) and not path.endswith('.sharded'):
         path = newest_checkpoint(path)
-    identity = os.path.join(path, '.metadata') if os.path.isdir(path) else path
-    sha256 = sha256_file(identity) if os.path.exists(identity) else ''
+    identity = path
+    if os.path.isdir(path):
+        identity = os.path.join(path, '.metadata')
+    sha256 = ''
+    if os.path.exists(identity):
+        sha256 = sha256_file(identity)
     return dict(path=path, sha256=sha256)

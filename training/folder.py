@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from configurator import UserError, require
 from corpus.bins import write_json
-from training.checkpoint import commit_id, newest_checkpoint, remove
+from training.checkpoint import commit_id, newest_checkpoint, remove, sorted_names
 from training.process import hardware
 
 RUN_FILE = re.compile(r'(ckpt\.(pt|sharded)|best\.pt)(\.\d+)?(\.tmp)?|log\.txt|train_loss\.csv|loss\.png|run\.json')
@@ -76,8 +76,7 @@ def others(pid):
 
 def run_files(folder):
     """Names of what runs write into their folder and a new run would replace."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [name for name in names if RUN_FILE.fullmatch(name)]
+    return [name for name in sorted_names(folder) if RUN_FILE.fullmatch(name)]
 
 
 def old_of(folder):
@@ -98,8 +97,7 @@ def check_run_folder(path, overwrite, resume=False, parents=()):
     if runs_here(record) and others(str(record['pid'])):
         raise UserError(f'{path} is being written by process {record["pid"]}; wait for it, or end it with kill')
     checkpointed = os.path.exists(newest_checkpoint(path))
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    foreign = [n for n in names if n.startswith(('ckpt.', 'best.pt')) or RUN_FILE.fullmatch(n)]
+    foreign = [n for n in sorted_names(path) if n.startswith(('ckpt.', 'best.pt')) or RUN_FILE.fullmatch(n)]
     if foreign and not status and not (resume and checkpointed):
         raise UserError(f'out_dir {path!r} holds {", ".join(foreign[:4])} but no run.json of a run, so no run of ours'
                         ' made it; move it away or choose another --out_dir')
@@ -113,7 +111,9 @@ def check_run_folder(path, overwrite, resume=False, parents=()):
             raise UserError(f'{parent!r} lies in out_dir {path!r}, where the new run is to be written;'
                             ' choose another --out_dir')
     if not overwrite and (status in ('done', 'paused') or checkpointed):
-        how = 'continue it with --init_from=resume, ' if status != 'done' else ''
+        how = ''
+        if status != 'done':
+            how = 'continue it with --init_from=resume, '
         raise UserError(f'out_dir {path!r} holds a {status or "checkpointed"} run; {how}'
                         'replace it with --overwrite or choose another --out_dir')
     if run_files(path) and os.path.lexists(old_of(path)):
@@ -163,8 +163,9 @@ class RunFolder:
         old = self.old
         self.old = ''
         if old:
-            for name in run_files(self.path) if self.cleared else ():
-                remove(os.path.join(self.path, name))
+            if self.cleared:
+                for name in run_files(self.path):
+                    remove(os.path.join(self.path, name))
             move(os.listdir(old), old, self.path)
             os.rmdir(old)
             print(f'{self.path}: the new run ended before its first checkpoint; the run that it was to replace is back',
@@ -214,7 +215,9 @@ def read_run(path):
             found = json.load(f)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found
 
 
 def read_status(path):
@@ -245,7 +248,9 @@ class RunRecord:
         self.path = os.path.join(out_dir, 'run.json')
         self.main = env.main
         self.started = time.monotonic()
-        n_gpus = env.world if env.kind == 'cuda' else 0
+        n_gpus = 0
+        if env.kind == 'cuda':
+            n_gpus = env.world
         self.values = dict(config, run_id=os.path.basename(os.path.normpath(out_dir)), status='running',
                            commit=commit_id(), timestamp=time.strftime('%Y-%m-%dT%H:%M:%S'), hardware=hardware(env),
                            pid=os.getpid(), host=platform.node(), n_processes=env.world,

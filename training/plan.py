@@ -131,7 +131,9 @@ def plan_phases(n_batches, lengths, cuts=(0, 0, 0), max_iters=0, procedure='vani
             n_steps = max_iters
         if not n_steps:
             continue
-        its_procedure = procedure if name == 'main' else 'vanilla'
+        its_procedure = 'vanilla'
+        if name == 'main':
+            its_procedure = procedure
         phases.append(Phase(name, its_procedure, epoch_steps, n_steps, step, epoch, steps_per_chunk))
         step += n_steps
         epoch += math.ceil(n_steps / epoch_steps)
@@ -198,12 +200,16 @@ def memory_by_part(config, n_parameters, k, n_ranks, wide, eval_rows):
     C = config.n_embd
     T = config.block_size
     procedure = getattr(k, 'procedure', 'vanilla')
-    held = n_parameters / n_ranks if getattr(k, 'shard', '') else n_parameters
+    held = n_parameters
+    if getattr(k, 'shard', ''):
+        held = n_parameters / n_ranks
 
     # Activations: what blocks keep for the backward pass, what is in flight, and the head's rows.
     tokens = (k.micro_batch_size or max(1, k.batch_size // n_ranks)) * T
     head = 12 * config.vocab_size
-    kept_by_block = 23 if config.positions == 'rotary' else 17
+    kept_by_block = 17
+    if config.positions == 'rotary':
+        kept_by_block += 6
     kept = kept_by_block * config.n_layer
     if k.activation_checkpointing:
         kept = config.n_layer + 44
@@ -215,9 +221,15 @@ def memory_by_part(config, n_parameters, k, n_ranks, wide, eval_rows):
     optimizer = 8 * held
     if getattr(k, 'matrix_optimizer', 'adamw') == 'muon':
         optimizer -= 4 * 12 * config.n_layer * C * C
-    copies = 2 if getattr(k, 'qat_bits', 0) else 1
-    of_procedure = PROCEDURE_BYTES[k.pmmp_state] if procedure == 'pmmp' else 0
-    masks = held if getattr(k, 'do_pruning', False) else 0
+    copies = 1
+    if getattr(k, 'qat_bits', 0):
+        copies = 2
+    of_procedure = 0
+    if procedure == 'pmmp':
+        of_procedure = PROCEDURE_BYTES[k.pmmp_state]
+    masks = 0
+    if getattr(k, 'do_pruning', False):
+        masks = held
     return dict(weights=4 * held * copies, gradients=4 * held, optimizer=optimizer, procedure=of_procedure * held,
                 masks=masks, activations=max(training, scoring, temporary))
 

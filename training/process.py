@@ -51,7 +51,9 @@ class Env:
         if self.kind == 'cpu':
             keep_freed_memory()
         self._join()
-        self.dtype = self._choose_dtype() if dtype == 'auto' else dtype
+        self.dtype = dtype
+        if dtype == 'auto':
+            self.dtype = self._choose_dtype()
 
     def _check(self, device, dtype):
         """Refuse unknown names, and processes that were started in a way in which they cannot find each other."""
@@ -75,7 +77,9 @@ class Env:
     def _choose_dtype(self):
         if self.kind != 'cuda':
             return 'float32'
-        return 'bfloat16' if self.torch.cuda.is_bf16_supported() else 'float16'
+        if self.torch.cuda.is_bf16_supported():
+            return 'bfloat16'
+        return 'float16'
 
     def _join(self):
         """Join the process group that torchrun describes."""
@@ -84,7 +88,10 @@ class Env:
         if sys.platform == 'linux':
             # A torchrun that is killed leaves its ranks behind: ask for a SIGTERM when it dies (PR_SET_PDEATHSIG).
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        self.dist.init_process_group('nccl' if self.kind == 'cuda' else 'gloo')
+        backend = 'gloo'
+        if self.kind == 'cuda':
+            backend = 'nccl'
+        self.dist.init_process_group(backend)
         sys.excepthook = self._lost_contact
 
     def _lost_contact(self, kind, error, trace):
@@ -181,10 +188,14 @@ class StopSignals:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
             signal.signal(number, self._remember)
         self.interrupt = HeldInterrupt('the run is saved after its next step, exit status 85', self._remember)
-        signal.setitimer(signal.ITIMER_REAL, max(max_runtime, 1e-6) if max_runtime else 0)
+        if max_runtime:
+            max_runtime = max(max_runtime, 1e-6)            # the timer takes whole microseconds, and 0 for none
+        signal.setitimer(signal.ITIMER_REAL, max_runtime)
 
     def _remember(self, number, frame):
-        name = 'max_runtime' if number == signal.SIGALRM else signal.Signals(number).name
+        name = signal.Signals(number).name
+        if number == signal.SIGALRM:
+            name = 'max_runtime'
         self.received = self.received or name
         if self.leave:
             self.leave()

@@ -34,8 +34,10 @@ def markdown(rows, columns):
         lines[0].append(f' {name.ljust(width)} ')
         lines[1].append('-' * (width + 1) + (':' if numeric else '-'))
         for line, row in zip(body, cells):
-            text = row[i].rjust(width) if numeric else row[i].ljust(width)
-            line.append(f' {text} ')
+            if numeric:
+                line.append(f' {row[i].rjust(width)} ')
+            else:
+                line.append(f' {row[i].ljust(width)} ')
     return '\n'.join(f'|{"|".join(line)}|' for line in lines + body)
 
 

@@ -211,10 +211,19 @@ def read_metadata(folder):
     return layouts
 
 
+def rows_of(shape):
+    """Count the rows of a tensor of this shape; a scalar is one."""
+    if not shape:
+        return 1
+    return shape[0]
+
+
 def layout_of(key, entry, places):
     """Return the Layout of a TensorStorageMetadata's fields; its pieces must be rows that follow one another."""
     properties = state_of(entry.get('properties'), 'TensorProperties', tuple)
-    dtype = properties[0] if properties else None
+    dtype = None
+    if properties:
+        dtype = properties[0]
     shape = sizes_of(entry.get('size'))
     if not isinstance(key, str) or not isinstance(dtype, torch.dtype) or not isinstance(entry.get('chunks'), list):
         raise ValueError(f'{METADATA} has a tensor without name, type or pieces')
@@ -230,13 +239,12 @@ def layout_of(key, entry, places):
     pieces.sort(key=lambda piece: piece.row)
 
     # A gap would be filled with whatever was in memory.
-    n_rows = shape[0] if shape else 1
     row = 0
     for piece in pieces:
         if piece.row != row:
             raise ValueError(f'the pieces of {key!r} do not follow one another')
-        row += piece.shape[0] if shape else 1
-    if row != n_rows and math.prod(shape):
+        row += rows_of(piece.shape)
+    if row != rows_of(shape) and math.prod(shape):
         raise ValueError(f'the pieces of {key!r} do not make a tensor of shape {shape}')
     return Layout(dtype, shape, pieces)
 
@@ -286,6 +294,8 @@ def read_tensor(folder, layout):
             rows = load_zip(io.BytesIO(f.read(piece.length)))
         if not torch.is_tensor(rows) or (rows.dtype, tuple(rows.shape)) != (layout.dtype, piece.shape):
             raise ValueError(f'{piece.file} holds another tensor than {METADATA} says')
-        target = tensor[piece.row:piece.row + piece.shape[0]] if layout.shape else tensor
+        target = tensor
+        if layout.shape:
+            target = tensor[piece.row:piece.row + piece.shape[0]]
         target.copy_(rows)
     return tensor
