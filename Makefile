@@ -34,7 +34,7 @@ check: lint
 	$(MAKE) --no-print-directory --output-sync=target -j2 check-front check-rooms
 
 check-front:
-	$(PY) -m pytest tests/test_*.py -m "not slow"
+	$(PY) -m pytest $(wildcard tests/test_*.py) -m "not slow"
 
 check-rooms:
 	$(PY) -m pytest tests/codec tests/corpus tests/lab tests/training -m "not slow"

@@ -206,7 +206,9 @@ def run_config_file(path, values, defaults):
 
     # What it leaves behind are knobs, but for what it imported and its private names.
     for name, value in space.items():
-        if name.startswith('_') or isinstance(value, types.ModuleType) or retired(name, value, path):
+        if name.startswith('_') or isinstance(value, types.ModuleType):
+            continue
+        if name not in defaults and retired(name, value, path):
             continue
         if name not in defaults:
             raise unknown(name, defaults, path)

@@ -353,9 +353,8 @@ if __name__ == '__main__':
     require(*leading_rules(train_only_on_leading_tokens, train_data, dataset))
     train_data = train_data.head(train_only_on_leading_tokens)
     splits = split_names(data_dir, dataset)
-    val_data = None
-    if 'val' in splits:
-        val_data = open_split(data_dir, dataset, 'val', verify)
+    val_data = open_split(data_dir, dataset, 'val', verify) if 'val' in splits else None
+    test_data = open_split(data_dir, dataset, 'test', verify) if 'test' in splits else None
     student_config = config_from_knobs(config, train_data.vocab_size)
     T = student_config.block_size
     require(row_rule(train_data, dataset, T))
@@ -402,9 +401,10 @@ if __name__ == '__main__':
                                    fused=env.kind in ('cuda', 'cpu'))
     optimizers = make_optimizers(trained, make_adamw, weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(env.kind, enabled=env.dtype == 'float16')
-    if resumed:
+    has_state = bool(start.get('optimizer'))
+    if resumed and has_state:
         load_states(optimizers, start['optimizer'])
-    if resumed and start['scaler']:
+    if resumed and start.get('scaler'):
         scaler.load_state_dict(start['scaler'])
     rates = Schedule(schedule, phase.n_steps, warmup_iters, min_learning_rate_ratio)
 
@@ -425,6 +425,8 @@ if __name__ == '__main__':
              n_params=sum(p.numel() for p in student.parameters()), n_steps=phase.n_steps, data=data_facts,
              teacher_checkpoint=teacher_facts, procedure=LABEL,
              flops_per_token=flops_per_token(student_config) + of_teacher, parent=parent)
+    if resumed and not has_state:
+        run.note(f'step={run.step}: {start_path} holds weights alone, so the optimiser starts afresh')
     bytes_per_token = train_data.bytes_per_target
     eval_rows = score.rows_per_forward(T)
     micro = micro_batch_size or batch_size // env.world
@@ -507,8 +509,7 @@ if __name__ == '__main__':
                   model_byte_size=sizes['nnz4_bytes'], non_zero_params=sizes['nonzeros'],
                   sparsity=1 - sizes['nonzeros'] / sizes['n_params'], bits_est_bytes=sizes['bits_est_bytes'],
                   training_runtime=round(counters['train_seconds'], 1), tokens_seen=counters['tokens'])
-    if 'test' in splits:
-        test_data = open_split(data_dir, dataset, 'test', verify)
+    if test_data:
         test = score.evaluate(student, test_data, T, eval_rows, env, progress='test split')
         totals.update(mean_test_loss=test['loss_nats'], test_bits_per_byte=test['bits_per_byte'],
                       test_accuracy=test['accuracy'])

@@ -162,7 +162,8 @@ def read_point(record, evaluated, size):
     evaluated: eval.py's row of it, where there is one; else what the run itself measured at its end. size: as the knob.
     """
     row = evaluated
-    measured_whole = record.get('train_bits_per_byte') and record.get('final_train_blocks', -1) < 0
+    # 0 is all blocks (-1 in records of earlier versions); where none were scored there is no train_bits_per_byte.
+    measured_whole = record.get('train_bits_per_byte') and record.get('final_train_blocks', 0) <= 0
     if not row and measured_whole:
         row = dict(dataset=record['data']['dataset'], sha256=record['data']['sha256'], n_params=record['n_params'],
                    nonzeros=record['non_zero_params'], nnz4_bytes=record['model_byte_size'],

@@ -43,7 +43,7 @@ WATCHED = ('run_id', 'status', 'phase', 'step', 'n_steps', 'percent', 'train_los
 
 # What compare looks at. DATA may differ: that is the question asked. NEUTRAL knobs change no weight.
 DATA = ('dataset', 'data_mix', 'stop_when', 'data sha256', 'unique training tokens')
-NEUTRAL = ('out_dir', 'experiment_name', 'overwrite', 'check', 'tokens_per_second', 'data_dir', 'verify', 'log_every',
+NEUTRAL = ('out_dir', 'experiment_name', 'overwrite', 'check', 'data_dir', 'verify', 'log_every',
            'log_interval', 'final_train_blocks', 'checkpoint_time', 'max_runtime', 'keep_last', 'sharded_ckpt',
            'wandb_log', 'wandb_project')
 FACTS = ('n_params', 'seq_length', 'n_steps', 'tokens_seen', 'commit')

@@ -76,7 +76,7 @@ def score(model, data, block_size, batch_size, env, minimal_context=0, max_block
           units=None):
     """Return {'nats', 'tokens', 'correct'} of model on data (bins.Bin), summed over all ranks.
 
-    batch_size: rows per forward on each rank. env: runs.Env. max_blocks > 0 scores that many leading rows only.
+    batch_size: rows per forward on each rank. env: Env. max_blocks > 0 scores that many leading rows only.
     skip_first: the published convention, where a block's first token is input only (1,023 of 1,024 are scored).
     units: takes the losses of documents too. Cross-entropy is float32 per token and summed in float64.
     """

@@ -428,8 +428,8 @@ def show_plan(config, k, n_ranks):
 
 # --- pieces of the run ---
 
-def make_grid(model, named_params, batches, phase, saved, env, k):
-    """Return the grid of a fine-tuning phase: from a checkpoint, or chosen on rows of its first batches by rank 0."""
+def make_grid(model, named_params, batches, saved, env, k):
+    """Return the grid to fine-tune on: a checkpoint's, or one chosen on the run's first rows by rank 0."""
     codes = saved
     if codes is None:
         first = Batches(batches.data, batches.order, batches.seed, k.qat_rows, batches.block_size)
@@ -642,7 +642,7 @@ if __name__ == '__main__':
         # The procedure starts where the phase starts, or goes on where a checkpoint left it.
         goes_on = resumed and done > 0
         if qat_bits and phase.name == 'fine_tuning':
-            running = make_grid(raw_model, named_params, batches, phase, start.get('grid') if goes_on else None, env, k)
+            running = make_grid(raw_model, named_params, batches, start.get('grid') if goes_on else None, env, k)
         else:
             running = make_procedure(phase.procedure, k)
             running.begin(penalised, functools.partial(make_adamw, weight_decay=0.0),

@@ -143,7 +143,7 @@ class Batches:
 
     def batch(self, place, rank=0, world=1):
         """Return inputs and targets of a rank, two (B / world, T) int64 arrays, and the targets scored on all ranks."""
-        order = 'sequential' if getattr(place, 'sequential', False) else self.order
+        order = 'sequential' if place.sequential else self.order
         starts = self.data.starts(order, self.seed, place.epoch, place.batch, place.number, self.batch_size,
                                   self.block_size)
         n_scored = self.data.n_scored(starts, self.block_size)

@@ -84,7 +84,7 @@ def test_types_follow_the_default(script, flag, name, value):
     ('--max_iters=inf', ('max_iters', 'inf')), ('--no-seed', ('no_seed',)), ('out', ("'out'", '*.py')),
     ('missing.py', ("'missing.py'", 'does not exist'))])
 def test_bad_flag_is_one_line_with_the_cure(script, flag, words):
-    """A mistyped or ill-typed flag must not be ignored (LOG, fault 12)."""
+    """A mistyped or ill-typed flag must not be ignored (docs/faults.md, 12)."""
     with pytest.raises(UserError) as e:
         configure(script, [flag])
     assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)

@@ -80,7 +80,7 @@ def test_loss_is_the_summed_cross_entropy_of_scored_targets():
 
 
 def test_no_square_buffers_and_sdpa_without_mask(monkeypatch):
-    """LOG, fault 8: no flash path since weights are returned, a causal mask rebuilt or kept as (T, T) buffer."""
+    """docs/faults.md, 8: no flash path since weights are returned, a causal mask rebuilt or kept as (T, T) buffer."""
     calls = []
     real = F.scaled_dot_product_attention
 
@@ -201,7 +201,7 @@ class Recorder(Bin):
                                                       (17, 16, 16), (1, 16, 3)])
 @pytest.mark.parametrize('world', (1, 2, 3))
 def test_every_byte_is_scored_exactly_once_with_its_minimal_context(n_tokens, block, minimal, world):
-    """LOG, fault 5: losses that cover 1/world_size of the data, every fifth batch, or some bytes twice."""
+    """docs/faults.md, 5: losses that cover 1/world_size of the data, every fifth batch, or some bytes twice."""
     data, seen, totals = Recorder(n_tokens), [], 0
     for rank in range(world):
         totals += score.score(Uniform(torch.zeros(n_tokens)), data, block, 3, OneProcess(rank, world),

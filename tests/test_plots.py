@@ -24,7 +24,7 @@ def make_run(folder, bits=4.0, model_bytes=5000, nonzeros=10, log=True, prunings
     """Write a run folder: a loss that falls from 8 bits to `bits` in 40 steps of 1,000 tokens, 2 s each."""
     os.makedirs(folder, exist_ok=True)
     record = dict(run_id=os.path.basename(folder), status='done', procedure='vanilla', alpha=0.0, n_params=100,
-                  final_train_blocks=-1, train_data_bytes=round(bits * N / 8), train_bits_per_byte=bits,
+                  final_train_blocks=0, train_data_bytes=round(bits * N / 8), train_bits_per_byte=bits,
                   model_byte_size=4 * nonzeros, non_zero_params=nonzeros, bits_est_bytes=model_bytes,
                   data=dict(dataset='toy', sha256='5' * 64), parent={}, flops_per_token=60, batch_size=10,
                   seq_length=100)

@@ -35,7 +35,7 @@ def zeros(checkpoint, names):
 
 @pytest.mark.parametrize('scope', ['global', 'tensor'])
 def test_magnitude_prunes_exactly_that_share(trained, tmp_path, toy, scope):
-    """LOG, fault 11: half asked, half pruned, over all tensors or in each."""
+    """docs/faults.md, 11: half asked, half pruned, over all tensors or in each."""
     flags = ('--method=magnitude', '--sparsity=0.5', f'--scope={scope}', '--no-sweep_dead_units')
     checkpoint, record = pruned(trained, tmp_path, toy, *flags)
     sizes = {n: m.numel() for n, m in checkpoint['masks'].items()}

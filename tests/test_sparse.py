@@ -50,7 +50,7 @@ def test_tamade_refuses_what_it_cannot_accept(loss):
 @pytest.mark.parametrize('scope', ('global', 'tensor'))
 @pytest.mark.parametrize('sparsity', (0.0, 0.25, 0.5, 0.8, 1.0))
 def test_magnitude_pruning_is_exact_with_ties(scope, sparsity):
-    """LOG, fault 11: `<= sorted[k]` prunes 75 % where 50 % was asked when values repeat."""
+    """docs/faults.md, 11: `<= sorted[k]` prunes 75 % where 50 % was asked when values repeat."""
     params = dict(a=torch.nn.Parameter(torch.tensor([[1.0, -1, 1, 1, 2], [1, 1, -2, 2, 1]])),
                   b=torch.nn.Parameter(torch.ones(10)))
     masks = masks_by_magnitude(params, sparsity, scope)
@@ -197,7 +197,7 @@ def test_drop_unused_rows_leaves_a_tied_head_alone():
 # --- sizes ---
 
 def test_model_sizes_are_three_named_numbers():
-    """LOG, fault 6: a model size without indices passed off as the size; nnz4 is kept apart from bits_est."""
+    """docs/faults.md, 6: a model size without indices passed off as the size; nnz4 is kept apart from bits_est."""
     net = GPT(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=8))
     with torch.no_grad():
         net.embed.weight.zero_()

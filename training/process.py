@@ -13,6 +13,8 @@ from configurator import UserError, one_of, require, say_in_one_line
 # What gloo and nccl say when another rank has gone.
 LOST = re.compile(r'closed by peer|Connection reset|Connection refused|Broken pipe|NCCL|gloo', re.I)
 PAUSED = 85                     # exit status of a run that saved itself and wants to be continued
+SAVES = f'the run is saved after its next step, exit status {PAUSED}'
+ENDS_NOW = f'all is saved and only scoring is left, so the run ends now, exit status {PAUSED}'
 
 
 def keep_freed_memory():
@@ -187,7 +189,7 @@ class StopSignals:
         self.stop_at_step = int(os.environ.get('NANOMDL_STOP_AT_STEP', -1))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
             signal.signal(number, self._remember)
-        self.interrupt = HeldInterrupt('the run is saved after its next step, exit status 85', self._remember)
+        self.interrupt = HeldInterrupt(SAVES, self._remember)
         if max_runtime:
             max_runtime = max(max_runtime, 1e-6)            # the timer takes whole microseconds, and 0 for none
         signal.setitimer(signal.ITIMER_REAL, max_runtime)
@@ -209,6 +211,7 @@ class StopSignals:
     def leave_at_once(self, leave):
         """From now on call leave() when a signal comes, and now if one came already; None: remember again."""
         self.leave = leave
+        self.interrupt.promise = ENDS_NOW if leave else SAVES
         if self.leave and self.received:
             self.leave()
 

@@ -174,7 +174,7 @@ class Run:
         self.bar.update()
 
     def log_row(self, values):
-        """Write a row of train_loss.csv every log_every steps; values end with what step_seconds precedes."""
+        """Write a row of train_loss.csv every log_every steps; values: all columns but the last."""
         if self.env.main and self.step % self.log_every == 0:
             self.loss_csv.writerow((*values, f"{self.counters['step_seconds']:.3f}"))
 

@@ -1,7 +1,7 @@
 """The pieces of a training step that every trainer shares, in the order in which it takes them.
 
-accumulate → Run.reduce → unscale → a procedure's edit → clip → update. They work on local tensors, so that one process,
-DDP and FSDP2 are the same code.
+accumulate → unscale → Run.reduce → mask → a procedure's edit → mask → norm → clip → update → forget_gradients. They
+work on local tensors, so that one process, DDP and FSDP2 are the same code.
 """
 import torch
 
@@ -40,7 +40,7 @@ def unscale(optimizers, params, scaler, env, sharded):
         scaler.unscale_(optimizer)
         if sharded and scaler.is_enabled():
             for flag in scaler._found_inf_per_device(optimizer).values():
-                env.sum(flag)
+                flag.copy_(env.sum(flag))
 
 
 def clip(params, grad_clip, norm):
@@ -50,7 +50,7 @@ def clip(params, grad_clip, norm):
 
 
 def update(optimizers, scaler):
-    """Take the step of every optimiser, as the scaler allows, and forget the gradients."""
+    """Take the step of every optimiser, as the scaler allows."""
     for optimizer in optimizers:
         scaler.step(optimizer)
 

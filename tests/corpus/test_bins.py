@@ -150,7 +150,7 @@ def test_first_input_is_the_start_id_and_every_target_has_the_byte_before():
 @pytest.mark.parametrize('order', ('sequential', 'permuted'))
 @pytest.mark.parametrize('n_tokens, block, batch', [(1, 8, 4), (64, 8, 4), (65, 8, 4), (1000, 7, 3), (31, 32, 2)])
 def test_every_token_is_a_target_exactly_once_an_epoch(order, n_tokens, block, batch):
-    """An epoch that skips or repeats blocks, the short last one included (LOG, fault 4, fault 7's off-by-one)."""
+    """An epoch that skips or repeats blocks, the short last one included (docs/faults.md, 4, fault 7's off-by-one)."""
     data = Bin(np.arange(n_tokens, dtype=np.uint32), vocab_size=n_tokens)
     for epoch in (0, 1):
         seen = []
@@ -198,7 +198,7 @@ def test_random_order_draws_whole_rows_everywhere():
 
 
 def test_gather_reads_only_its_rows_from_the_map(data):
-    """LOG, fault 8: int64 data copied whole to every rank; tokens must stay a read-only map of the file."""
+    """docs/faults.md, 8: int64 data copied whole to every rank; tokens must stay a read-only map of the file."""
     found = open_bin(data[0], 'toy', 'train')
     assert isinstance(found.tokens, np.memmap) and found.tokens.dtype == np.uint8 and found.tokens.mode == 'r'
     assert isinstance(found.head(100).tokens, np.memmap) and found.head(100).n_tokens == 100 and found.head(0) is found
