@@ -1,0 +1,471 @@
+"""Adaptive counts mixed in the logistic domain: predict a bit, code it, learn from it, in integers alone."""
+import typing
+
+import numba
+import numpy as np
+
+from codec import logistic
+
+NAT = logistic.NAT
+LIMIT = logistic.LIMIT
+ONE = logistic.ONE
+
+
+def jit(function):
+    """Compile function with numba; keep the result on disk where a folder can be written."""
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:
+        return numba.njit(function)
+
+
+# --- sizes ---
+
+SHARED = 12                      # contexts whose counts all streams share
+PRIVATE = 4                      # further contexts, with counts of each stream's own, where streams are many
+ORDERS = 6                       # the first contexts are the orders 1 … ORDERS
+BUCKET = 16                      # bytes of a bucket: check byte, then the histories of the 15 nodes of half a byte
+MATCH_SLOTS = 1 << 20
+MATCH_LEAST = 6                  # bytes that must agree before the match model speaks
+MATCH_MOST = 63
+SETS = 4                         # sets of weights that the final mix averages; a guided model has one more
+WEIGHT_ONE = 1 << 20             # weight 1.0
+WEIGHT_MOST = 1 << 26            # weights stay between -64 and 64
+
+OWN_ROWS = 18 * 256 + 65536 + 7 * 18 + 256     # rows of weights of the sets
+GUIDED_ROWS = 8 * 16 * 7         # further rows, by bit, how sure the transformer is, and the orders seen
+FINAL_ROWS = 2 * 65536           # contexts of the final tables: order 1, hashed order 2
+RATE = 49                        # of learning, in units of 2^-14 a nat
+
+# Fields of a stream.
+WRITTEN, RECENT, OLDER, WORD, LAST_WORD, MATCH, MATCHED, FIELDS = range(8)
+# Fields of the coder.
+LOW, HIGH, CODE, AT, DECODING, CODER_FIELDS = range(6)
+
+
+class Model(typing.NamedTuple):
+    """All tables of the model: arrays that a step reads and writes."""
+    squash: np.ndarray           # (2·LIMIT + 1,) int32
+    stretch: np.ndarray          # (ONE,) int32
+    reciprocal: np.ndarray       # (COUNT_LIMIT,) int32
+    following: np.ndarray        # (512,) uint8: the state after a bit
+    buckets: np.ndarray          # (buckets · BUCKET,) uint8: histories in hashed contexts
+    chances: np.ndarray          # (contexts · 256,) int64: 22 bits of probability, 10 of count, of each state
+    match_slots: np.ndarray      # (MATCH_SLOTS,) int64: where the bytes of a hash were last followed
+    match_chances: np.ndarray    # (MATCH_MOST + 1,) int64: how often the match was right, by length
+    weights: np.ndarray          # (rows, inputs) int32
+    final_weights: np.ndarray    # (256, sets) int32
+    finals: np.ndarray           # (2 tables · 65536 contexts, 33) uint16
+    history: np.ndarray          # (S, ring) uint8
+    streams: np.ndarray          # (S, FIELDS) int64
+    bases: np.ndarray            # (contexts,) int64: the bucket of each context
+    hashes: np.ndarray           # (contexts,) int64: the hash of each context
+    inputs: np.ndarray           # (inputs,) int32
+    rows: np.ndarray             # (sets,) int64: the chosen row of each set
+    outputs: np.ndarray          # (sets,) int64: what each set says, log odds
+
+
+def input_count(contexts, guided):
+    """Return how many inputs the mixer has."""
+    count = 2 * contexts + 3
+    if guided:
+        count += 2
+    return count
+
+
+def row_count(guided):
+    """Return how many rows of weights there are."""
+    if guided:
+        return OWN_ROWS + GUIDED_ROWS
+    return OWN_ROWS
+
+
+def initial_weights(contexts, inputs):
+    """Return the weights that every row starts with: 0.3 for each log odds of counts, match and transformer."""
+    weights = np.zeros(inputs, np.int32)
+    weights[0:2 * contexts + 1:2] = WEIGHT_ONE * 3 // 10
+    weights[2 * contexts + 3::2] = WEIGHT_ONE * 3 // 10
+    return weights
+
+
+# --- hashed contexts ---
+
+@jit
+def hashed(a, b):
+    """Return a 32-bit hash of two 32-bit numbers: the products are below 2^62, their sum below 2^63."""
+    x = a * 0x2C9277B5 + b * 0x1E35A7BD
+    return (x ^ x >> 29) & 0xFFFFFFFF
+
+
+@jit
+def find_bucket(buckets, h):
+    """Return the offset of the bucket of hash h: of two places the one that has it, else the less used one, emptied."""
+    x = h * 0x2C9277B5                       # below 2^62
+    check = x >> 8 & 0xFF
+    # 32 bits of the hash times the number of buckets, at most 2^26: below 2^58.
+    first = ((x >> 30) * (len(buckets) // BUCKET) >> 32) * BUCKET
+    second = first ^ BUCKET
+    if buckets[first] == check:
+        return first
+    if buckets[second] == check:
+        return second
+    # The state of the first node grows with the number of bits seen in the bucket.
+    if buckets[first + 1] > buckets[second + 1]:
+        first = second
+    buckets[first] = check
+    for i in range(1, BUCKET):
+        buckets[first + i] = 0
+    return first
+
+
+@jit
+def hash_contexts(model, s):
+    """Set the hashes of stream s for its next byte."""
+    stream = model.streams[s]
+    recent = stream[RECENT]
+    older = stream[OLDER]
+    word = stream[WORD]
+    last_word = stream[LAST_WORD]
+    h = model.hashes
+    h[0] = hashed(recent & 0xFF, 1)
+    h[1] = hashed(recent & 0xFFFF, 2)
+    h[2] = hashed(recent & 0xFFFFFF, 3)
+    h[3] = hashed(recent, 4)
+    h[4] = hashed(hashed(recent, older & 0xFF), 5)
+    h[5] = hashed(hashed(recent, older & 0xFFFF), 6)
+    h[6] = hashed(word, 7)
+    h[7] = hashed(hashed(word, last_word), 8)
+    h[8] = hashed(hashed(recent & 0xFF, last_word), 9)
+    h[9] = hashed(recent & 0xFFFF00, 10)
+    h[10] = hashed(recent & 0xFF00FF, 11)
+    h[11] = hashed(recent & 0xFFFFFF00, 12)
+    if len(h) > SHARED:
+        own = s * 8 + 16
+        h[12] = hashed(recent & 0xFFFF, own)
+        h[13] = hashed(recent & 0xFFFFFF, own + 1)
+        h[14] = hashed(recent, own + 2)
+        h[15] = hashed(word, own + 3)
+
+
+@jit
+def find_buckets(model, partial):
+    """Find the bucket of every context for the half byte that starts: partial is 1, or 16 … 31."""
+    for i in range(len(model.bases)):
+        h = model.hashes[i]
+        if partial > 1:
+            h = hashed(h, partial)
+        model.bases[i] = find_bucket(model.buckets, h)
+
+
+# --- adaptive probabilities ---
+
+@jit
+def learn_chance(chances, at, bit, limit, reciprocal):
+    """Move the probability at `at` towards bit by 1 / (count + 1.5), count up to limit."""
+    entry = chances[at]
+    count = entry & 1023
+    p = entry >> 10
+    # |target - p| < 2^22, times at most 2^16: below 2^38.
+    p += ((bit << 22) - bit - p) * reciprocal[count] >> 16
+    if count < limit:
+        count += 1
+    chances[at] = p << 10 | count
+
+
+# --- match model ---
+
+@jit
+def find_match(model, s):
+    """Follow the match of stream s by one byte, or look for a new one after the bytes just seen."""
+    stream = model.streams[s]
+    ring = model.history.shape[1]
+    flat = model.history.reshape(-1)
+    h = hashed(hashed(stream[RECENT], stream[OLDER] & 0xFFFF), 99) & MATCH_SLOTS - 1
+    here = s * ring + stream[WRITTEN] % ring
+    if stream[MATCHED] == 0:
+        there = model.match_slots[h]
+        # The slot may be of another hash: count the bytes that agree.
+        length = 0
+        if there >= 0:
+            row = there // ring * ring
+            while length < MATCH_MOST:
+                a = s * ring + (stream[WRITTEN] - 1 - length) % ring
+                b = row + (there - row - 1 - length) % ring
+                if flat[a] != flat[b] or a == b:
+                    break
+                length += 1
+        if length >= MATCH_LEAST:
+            stream[MATCHED] = length
+            stream[MATCH] = there
+    model.match_slots[h] = here
+
+
+@jit
+def expected_byte(model, s):
+    """Return the byte that the match of stream s expects, with a leading 1 bit; 0 without a match."""
+    stream = model.streams[s]
+    if stream[MATCHED] == 0:
+        return 0
+    ring = model.history.shape[1]
+    at = stream[MATCH]
+    return 256 + model.history[at // ring, at % ring]
+
+
+# --- the model's steps ---
+
+@jit
+def collect_inputs(model, node, partial, expected, matched, depth):
+    """Set the mixer's inputs for one bit; returns how many of the orders have seen this node."""
+    inputs = model.inputs
+    contexts = len(model.bases)
+    longest = 0
+    for i in range(contexts):
+        state = model.buckets[model.bases[i] + node]
+        if state == 0:
+            inputs[2 * i] = 0
+            inputs[2 * i + 1] = 0
+        else:
+            p = model.chances[i * 256 + state] >> 16
+            inputs[2 * i] = model.stretch[p]
+            inputs[2 * i + 1] = (p - ONE // 2) >> 5
+            if i < ORDERS:
+                longest += 1
+    at = 2 * contexts
+    inputs[at] = 0
+    inputs[at + 1] = 0
+    if expected >> 8 - depth == partial:
+        p = model.match_chances[matched] >> 16
+        sign = 2 * (expected >> 7 - depth & 1) - 1
+        inputs[at] = sign * model.stretch[p]
+        inputs[at + 1] = sign * ((p - ONE // 2) >> 5)
+    inputs[at + 2] = NAT
+    return longest
+
+
+@jit
+def ask_guide(model, frequencies, partial, depth):
+    """Set the inputs of the transformer, whose frequencies are (256,) int64; returns its log odds."""
+    width = 256 >> depth
+    start = partial * width - 256
+    half = start + (width >> 1)
+    zeros = 0
+    ones = 0
+    for i in range(start, half):
+        zeros += frequencies[i]
+    for i in range(half, start + width):
+        ones += frequencies[i]
+    # Frequencies sum to less than 2^40: the product is below 2^56. A half byte that has none left says nothing.
+    p = ONE // 2
+    if zeros + ones > 0:
+        p = (ones * ONE + (zeros + ones >> 1)) // (zeros + ones)
+    p = min(max(p, 1), ONE - 1)
+    at = 2 * len(model.bases) + 3
+    x = np.int64(model.stretch[p])
+    model.inputs[at] = x
+    model.inputs[at + 1] = (p - ONE // 2) >> 5
+    return x
+
+
+@jit
+def clamped(x):
+    """Return x within the log odds."""
+    return min(max(x, -LIMIT), LIMIT)
+
+
+@jit
+def mix(model, final_row):
+    """Return the log odds that the sets agree on."""
+    inputs = model.inputs
+    total = 0
+    for k in range(len(model.rows)):
+        weights = model.weights[model.rows[k]]
+        dot = 0
+        # |input| < 2^12, |weight| <= 2^26, fewer than 2^6 inputs: below 2^44.
+        for j in range(len(inputs)):
+            dot += np.int64(inputs[j]) * np.int64(weights[j])
+        output = clamped(dot >> 20)
+        model.outputs[k] = output
+        total += output * model.final_weights[final_row, k]
+    return clamped(total >> 20)
+
+
+@jit
+def learn_weights(model, bit, rate, final_row, final_rate, p):
+    """Move the chosen weights of every set, and the final ones, along the gradient of the code length."""
+    inputs = model.inputs
+    final_error = ((bit << 16) - p) * final_rate >> 10
+    for k in range(len(model.rows)):
+        output = model.outputs[k]
+        # |error| < 2^16, rate < 2^12: below 2^28, shifted 2^18; times an input below 2^30.
+        error = ((bit << 16) - model.squash[output + LIMIT]) * rate >> 10
+        weights = model.weights[model.rows[k]]
+        for j in range(len(inputs)):
+            change = np.int64(inputs[j]) * error + 128 >> 8
+            weights[j] = min(max(weights[j] + change, -WEIGHT_MOST), WEIGHT_MOST)
+        moved = model.final_weights[final_row, k] + (output * final_error + 128 >> 8)
+        model.final_weights[final_row, k] = min(max(moved, -WEIGHT_MOST), WEIGHT_MOST)
+
+
+@jit
+def refined(model, x, at):
+    """Return the 16-bit probability that the final table `at` gives for log odds x, between two of its 33 steps."""
+    place = (x + LIMIT + 1) * 32
+    step = place // (2 * LIMIT + 2)
+    part = place % (2 * LIMIT + 2) * 4096 // (2 * LIMIT + 2)
+    low = np.int64(model.finals[at, step])
+    high = np.int64(model.finals[at, step + 1])
+    return low * (4096 - part) + high * part >> 12
+
+
+@jit
+def learn_final(model, x, at, bit):
+    """Move the nearer step of the final table towards bit."""
+    place = (x + LIMIT + 1) * 32 + LIMIT + 1
+    step = place // (2 * LIMIT + 2)
+    p = np.int64(model.finals[at, step])
+    target = bit * 65535
+    model.finals[at, step] = p + ((target - p) * 5 >> 8)
+
+
+@jit
+def code_bit(coder, data, bit, p):
+    """Code one bit whose probability of being 1 is p / ONE: returns the bit, read from data or as given and written."""
+    low = coder[LOW]
+    high = coder[HIGH]
+    # The range is below 2^32, p below 2^16: the product below 2^48. low <= middle < high.
+    middle = low + ((high - low) * p >> 16)
+    if coder[DECODING]:
+        bit = 1 if coder[CODE] <= middle else 0
+    if bit:
+        high = middle
+    else:
+        low = middle + 1
+    while (low ^ high) >> 24 == 0:
+        if coder[DECODING]:
+            following = 0
+            if coder[AT] < len(data):
+                following = np.int64(data[coder[AT]])
+            coder[CODE] = (coder[CODE] << 8 & 0xFFFFFFFF) | following
+        else:
+            data[coder[AT]] = high >> 24
+        coder[AT] += 1
+        low = low << 8 & 0xFFFFFFFF
+        high = (high << 8 & 0xFFFFFFFF) | 255
+    coder[LOW] = low
+    coder[HIGH] = high
+    return bit
+
+
+@jit
+def learn_contexts(model, node, bit):
+    """Give every context the bit: the table of its state first, then the state itself."""
+    for i in range(len(model.bases)):
+        at = model.bases[i] + node
+        state = np.int64(model.buckets[at])
+        if state > 0:
+            learn_chance(model.chances, i * 256 + state, bit, 255, model.reciprocal)
+        model.buckets[at] = model.following[2 * state + bit]
+
+
+@jit
+def choose_rows(model, recent, partial, longest, matched):
+    """Choose the row of each set of weights by a small context."""
+    length = min(matched, 15)
+    if matched > 15:
+        length = min(15 + (matched - 15 >> 4), 17)
+    model.rows[0] = length * 256 + partial
+    at = 18 * 256
+    model.rows[1] = at + ((recent & 0xFF) * 256 | partial)
+    at += 65536
+    model.rows[2] = at + longest * 18 + length
+    at += 7 * 18
+    model.rows[3] = at + (recent >> 8 & 0xFF)
+
+
+
+
+@jit
+def code_byte(model, s, coder, data, byte, rate, frequencies):
+    """Code the next byte of stream s and learn from it: returns the byte, read from data or as given and written."""
+    stream = model.streams[s]
+    recent = stream[RECENT]
+    hash_contexts(model, s)
+    expected = expected_byte(model, s)
+    partial = 1
+    for depth in range(8):
+        if depth == 0 or depth == 4:
+            find_buckets(model, partial)
+        node = partial
+        if depth >= 4:
+            node = 1 << depth - 4 | (partial & (1 << depth - 4) - 1)
+        matched = 0
+        if expected >> 8 - depth == partial:
+            matched = stream[MATCHED]
+        longest = collect_inputs(model, node, partial, expected, matched, depth)
+        choose_rows(model, recent, partial, longest, matched)
+        if len(model.rows) > SETS:
+            guess = ask_guide(model, frequencies, partial, depth)
+            model.rows[SETS] = OWN_ROWS + (depth * 16 + (abs(guess) >> 8)) * 7 + longest
+        x = mix(model, partial)
+        p = np.int64(model.squash[x + LIMIT])
+        first = (recent & 0xFF) << 8 | partial
+        second = 65536 + ((hashed(recent & 0xFFFF, 77) >> 8) + partial * 0x9E35 & 0xFFFF)
+        p1 = refined(model, x, first)
+        p2 = refined(model, x, second)
+        final = (2 * p + p1 + p2 + 2) >> 2
+        final = min(max(final, 1), ONE - 1)
+        bit = code_bit(coder, data, byte >> 7 - depth & 1, final)
+        if matched > 0:
+            right = 1 if (expected >> 7 - depth & 1) == bit else 0
+            learn_chance(model.match_chances, matched, right, 1000, model.reciprocal)
+        learn_contexts(model, node, bit)
+        learn_weights(model, bit, rate, partial, 16, p)
+        learn_final(model, x, first, bit)
+        learn_final(model, x, second, bit)
+        partial = partial << 1 | bit
+    remember(model, s, partial & 0xFF)
+    return partial & 0xFF
+
+
+@jit
+def remember(model, s, byte):
+    """Append byte to the history of stream s: recent bytes, words, match."""
+    stream = model.streams[s]
+    ring = model.history.shape[1]
+    # The match goes on, or it ends here.
+    if stream[MATCHED] > 0:
+        at = stream[MATCH]
+        if model.history[at // ring, at % ring] == byte:
+            stream[MATCHED] = min(stream[MATCHED] + 1, MATCH_MOST)
+            stream[MATCH] = at // ring * ring + (at + 1) % ring
+        else:
+            stream[MATCHED] = 0
+    model.history[s, stream[WRITTEN] % ring] = byte
+    stream[WRITTEN] += 1
+    stream[OLDER] = (stream[OLDER] << 8 | stream[RECENT] >> 24) & 0xFFFFFFFF
+    stream[RECENT] = (stream[RECENT] << 8 | byte) & 0xFFFFFFFF
+    # A word is a run of letters, without case; bytes above 127 are letters of other scripts.
+    letter = byte
+    if 65 <= byte <= 90:
+        letter = byte + 32
+    if 97 <= letter <= 122 or letter >= 128:
+        stream[WORD] = hashed(stream[WORD] + 1, letter)
+    elif stream[WORD] != 0:
+        stream[LAST_WORD] = stream[WORD]
+        stream[WORD] = 0
+    find_match(model, s)
+
+
+@jit
+def code_steps(model, coder, data, columns, frequencies):
+    """Code columns (T, S) uint8, row after row, stream after stream; decoding fills them.
+
+    frequencies: (T, S, 256) int64 of the transformer, (0, 0, 256) without one.
+    """
+    unguided = np.zeros(256, np.int64)
+    for t in range(columns.shape[0]):
+        for s in range(columns.shape[1]):
+            guide = unguided
+            if len(model.rows) > SETS:
+                guide = frequencies[t, s]
+            columns[t, s] = code_byte(model, s, coder, data, np.int64(columns[t, s]), RATE, guide)
