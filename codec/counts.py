@@ -70,6 +70,12 @@ def _final_row():
     return row
 
 
+def _match_chances():
+    """Return how often a match of each length is right, at first: 1 - 1 / (2 length)."""
+    lengths = np.arange(mixing.MATCH_MOST + 1).clip(1)
+    return ((1 << 22) - (1 << 21) // lengths) << 10
+
+
 def new_model(streams, memory, ring, guided):
     """Return the tables of a model that has seen nothing; memory in MiB is for the counts alone."""
     contexts = mixing.SHARED
@@ -90,7 +96,7 @@ def new_model(streams, memory, ring, guided):
         buckets=np.zeros(memory * (1 << 20), np.uint8),
         chances=np.tile(logistic.initial_chances() << 10, contexts),
         match_slots=match_slots,
-        match_chances=np.full(mixing.MATCH_MOST + 1, 3 << 20 << 10, np.int64),
+        match_chances=_match_chances(),
         weights=weights,
         final_weights=np.full((256, sets), WEIGHT_ONE // sets, np.int32),
         finals=np.tile(_final_row(), (mixing.FINAL_ROWS, 1)),

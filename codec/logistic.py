@@ -153,5 +153,5 @@ def initial_chances():
     """Return the first guess (n1 + 1/2) / (n0 + n1 + 1) of each state, (256,) int64, 22-bit probabilities."""
     table = np.full(256, 1 << 21, np.int64)
     for state, (n0, n1, _) in enumerate(histories()):
-        table[state] = ((2 * n1 + 1) << 22) // (2 * (n0 + n1 + 1))
+        table[state] = ((8 * n1 + 1) << 22) // (8 * (n0 + n1) + 2)
     return table

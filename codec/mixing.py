@@ -21,7 +21,7 @@ def jit(function):
 
 # --- sizes ---
 
-SHARED = 12                      # contexts whose counts all streams share
+SHARED = 17                      # contexts whose counts all streams share
 PRIVATE = 4                      # further contexts, with counts of each stream's own, where streams are many
 ORDERS = 6                       # the first contexts are the orders 1 … ORDERS
 BUCKET = 16                      # bytes of a bucket: check byte, then the histories of the 15 nodes of half a byte
@@ -32,13 +32,13 @@ SETS = 4                         # sets of weights that the final mix averages; 
 WEIGHT_ONE = 1 << 20             # weight 1.0
 WEIGHT_MOST = 1 << 26            # weights stay between -64 and 64
 
-OWN_ROWS = 18 * 256 + 65536 + 7 * 18 + 256     # rows of weights of the sets
+OWN_ROWS = 18 * 256 + 65536 + 7 * 18 + 256    # rows of weights of the sets
 GUIDED_ROWS = 8 * 16 * 7         # further rows, by bit, how sure the transformer is, and the orders seen
 FINAL_ROWS = 2 * 65536           # contexts of the final tables: order 1, hashed order 2
 RATE = 49                        # of learning, in units of 2^-14 a nat
 
 # Fields of a stream.
-WRITTEN, RECENT, OLDER, WORD, LAST_WORD, MATCH, MATCHED, FIELDS = range(8)
+WRITTEN, RECENT, OLDER, WORD, LAST_WORD, THIRD_WORD, CLASSES, MATCH, MATCHED, FIELDS = range(10)
 # Fields of the coder.
 LOW, HIGH, CODE, AT, DECODING, CODER_FIELDS = range(6)
 
@@ -83,7 +83,7 @@ def row_count(guided):
 def initial_weights(contexts, inputs):
     """Return the weights that every row starts with: 0.3 for each log odds of counts, match and transformer."""
     weights = np.zeros(inputs, np.int32)
-    weights[0:2 * contexts + 1:2] = WEIGHT_ONE * 3 // 10
+    weights[0:2 * contexts + 1:2] = WEIGHT_ONE * 18 // 100
     weights[2 * contexts + 3::2] = WEIGHT_ONE * 3 // 10
     return weights
 
@@ -139,12 +139,17 @@ def hash_contexts(model, s):
     h[9] = hashed(recent & 0xFFFF00, 10)
     h[10] = hashed(recent & 0xFF00FF, 11)
     h[11] = hashed(recent & 0xFFFFFF00, 12)
+    h[12] = hashed(hashed(hashed(word, last_word), stream[THIRD_WORD]), 13)
+    h[13] = hashed(hashed(word, stream[THIRD_WORD]), 14)
+    h[14] = hashed(hashed(recent, older & 0xFFFFFF), 15)
+    h[15] = hashed(stream[CLASSES], 16)
+    h[16] = hashed(hashed(stream[CLASSES] & 0xFFFFF, recent & 0xFF), 17)
     if len(h) > SHARED:
-        own = s * 8 + 16
-        h[12] = hashed(recent & 0xFFFF, own)
-        h[13] = hashed(recent & 0xFFFFFF, own + 1)
-        h[14] = hashed(recent, own + 2)
-        h[15] = hashed(word, own + 3)
+        own = s * 8 + 64
+        h[SHARED] = hashed(recent & 0xFFFF, own)
+        h[SHARED + 1] = hashed(recent & 0xFFFFFF, own + 1)
+        h[SHARED + 2] = hashed(recent, own + 2)
+        h[SHARED + 3] = hashed(word, own + 3)
 
 
 @jit
@@ -157,6 +162,7 @@ def find_buckets(model, partial):
         model.bases[i] = find_bucket(model.buckets, h)
 
 
+SIMPLE = np.array([min(a,b)==0 for a,b,c in logistic.histories()]+[False])
 # --- adaptive probabilities ---
 
 @jit
@@ -227,7 +233,8 @@ def collect_inputs(model, node, partial, expected, matched, depth):
         else:
             p = model.chances[i * 256 + state] >> 16
             inputs[2 * i] = model.stretch[p]
-            inputs[2 * i + 1] = (p - ONE // 2) >> 5
+
+            inputs[2 * i + 1] = model.stretch[p] if SIMPLE[state] else 0
             if i < ORDERS:
                 longest += 1
     at = 2 * contexts
@@ -237,7 +244,7 @@ def collect_inputs(model, node, partial, expected, matched, depth):
         p = model.match_chances[matched] >> 16
         sign = 2 * (expected >> 7 - depth & 1) - 1
         inputs[at] = sign * model.stretch[p]
-        inputs[at + 1] = sign * ((p - ONE // 2) >> 5)
+        inputs[at + 1] = sign * ((p - ONE // 2) >> 6)
     inputs[at + 2] = NAT
     return longest
 
@@ -262,7 +269,7 @@ def ask_guide(model, frequencies, partial, depth):
     at = 2 * len(model.bases) + 3
     x = np.int64(model.stretch[p])
     model.inputs[at] = x
-    model.inputs[at + 1] = (p - ONE // 2) >> 5
+    model.inputs[at + 1] = (p - ONE // 2) >> 6
     return x
 
 
@@ -363,7 +370,7 @@ def learn_contexts(model, node, bit):
         at = model.bases[i] + node
         state = np.int64(model.buckets[at])
         if state > 0:
-            learn_chance(model.chances, i * 256 + state, bit, 255, model.reciprocal)
+            learn_chance(model.chances, i * 256 + state, bit, 1023, model.reciprocal)
         model.buckets[at] = model.following[2 * state + bit]
 
 
@@ -419,7 +426,7 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
             right = 1 if (expected >> 7 - depth & 1) == bit else 0
             learn_chance(model.match_chances, matched, right, 1000, model.reciprocal)
         learn_contexts(model, node, bit)
-        learn_weights(model, bit, rate, partial, 16, p)
+        learn_weights(model, bit, rate, partial, 40, p)
         learn_final(model, x, first, bit)
         learn_final(model, x, second, bit)
         partial = partial << 1 | bit
@@ -451,9 +458,32 @@ def remember(model, s, byte):
     if 97 <= letter <= 122 or letter >= 128:
         stream[WORD] = hashed(stream[WORD] + 1, letter)
     elif stream[WORD] != 0:
+        stream[THIRD_WORD] = stream[LAST_WORD]
         stream[LAST_WORD] = stream[WORD]
         stream[WORD] = 0
+    stream[CLASSES] = (stream[CLASSES] << 3 | class_of(byte)) & 0xFFFFFFFF
     find_match(model, s)
+
+
+@jit
+def class_of(byte):
+    """Return the kind of a byte: control, space, digit, lower case, capital, other script, marks that end, other marks."""
+    kind = 7
+    if byte < 32:
+        kind = 0
+    elif byte == 32:
+        kind = 1
+    elif 48 <= byte <= 57:
+        kind = 2
+    elif 97 <= byte <= 122:
+        kind = 3
+    elif 65 <= byte <= 90:
+        kind = 4
+    elif byte >= 128:
+        kind = 5
+    elif byte == 44 or byte == 46:
+        kind = 6
+    return kind
 
 
 @jit
