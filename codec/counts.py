@@ -21,7 +21,7 @@ except ImportError:
 from numba.core import event
 
 from codec import logistic, mixing
-from codec.mixing import BUCKET, LIMIT, WEIGHT_ONE
+from codec.mixing import LIMIT, WEIGHT_ONE
 
 MAGIC = b'nMct'
 VERSION = 2
@@ -33,7 +33,7 @@ DEFAULT_BLOCK = 1 << 20                         # bytes of text in a block
 MOST_BLOCK = 1 << 24
 MOST_STREAMS = 4096
 MOST_MEMORY = 1024                              # MiB of counts that an archive may ask for
-DEFAULT_MEMORY = 384
+DEFAULT_MEMORY = 320
 MEMORY_PER_MEGABYTE = 96                        # MiB of counts that a million bytes of text can fill
 CHUNK = 1 << 15                                 # bytes that one call of the compiled loop codes
 MOST_CODE = 32                                  # bytes of code that a byte can become, at the very worst
@@ -73,7 +73,7 @@ def _final_row():
 def _match_chances():
     """Return how often a match of each length is right, at first: 1 - 1 / (2 length)."""
     lengths = np.arange(mixing.MATCH_MOST + 1).clip(1)
-    return ((1 << 22) - (1 << 21) // lengths) << 10
+    return ((1 << 22) - (1 << 21) // lengths) << 10 | mixing.GUESS_COUNT
 
 
 def new_model(streams, memory, ring, guided):
@@ -93,8 +93,9 @@ def new_model(streams, memory, ring, guided):
         stretch=logistic.stretch_table(),
         reciprocal=logistic.reciprocal_table(),
         following=logistic.following_table(),
+        certain=logistic.certain_table(),
         buckets=np.zeros(memory * (1 << 20), np.uint8),
-        chances=np.tile(logistic.initial_chances() << 10, contexts),
+        chances=np.tile(logistic.initial_chances() << 10 | mixing.GUESS_COUNT, contexts),
         match_slots=match_slots,
         match_chances=_match_chances(),
         weights=weights,

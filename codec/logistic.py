@@ -149,8 +149,17 @@ def following_table():
 
 
 @functools.lru_cache(None)
+def certain_table():
+    """Return which states have seen one kind of bit alone, (256,) bool."""
+    table = np.zeros(256, np.bool_)
+    for state, (n0, n1, _) in enumerate(histories()):
+        table[state] = min(n0, n1) == 0 < max(n0, n1)
+    return table
+
+
+@functools.lru_cache(None)
 def initial_chances():
-    """Return the first guess (n1 + 1/2) / (n0 + n1 + 1) of each state, (256,) int64, 22-bit probabilities."""
+    """Return the first guess (n1 + 1/8) / (n0 + n1 + 1/4) of each state, (256,) int64, 22-bit probabilities."""
     table = np.full(256, 1 << 21, np.int64)
     for state, (n0, n1, _) in enumerate(histories()):
         table[state] = ((8 * n1 + 1) << 22) // (8 * (n0 + n1) + 2)

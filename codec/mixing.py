@@ -32,10 +32,14 @@ SETS = 4                         # sets of weights that the final mix averages; 
 WEIGHT_ONE = 1 << 20             # weight 1.0
 WEIGHT_MOST = 1 << 26            # weights stay between -64 and 64
 
-OWN_ROWS = 18 * 256 + 65536 + 7 * 18 + 256    # rows of weights of the sets
+OWN_ROWS = 18 * 256 + 65536 + 7 * 18 + 80    # rows of weights of the sets
 GUIDED_ROWS = 8 * 16 * 7         # further rows, by bit, how sure the transformer is, and the orders seen
 FINAL_ROWS = 2 * 65536           # contexts of the final tables: order 1, hashed order 2
-RATE = 49                        # of learning, in units of 2^-14 a nat
+RATE = 34                        # of learning, in units of 2^-14 a nat, once much has been seen
+FIRST_RATE = 500000              # over the bytes seen plus 2000: what is added to RATE, at most 250
+FINAL_RATE = 40                  # of the final mix, in the same units
+CHANCE_LIMIT = 1023              # observations after which an adaptive probability is no longer an average
+GUESS_COUNT = 12                 # observations that a first guess counts for
 
 # Fields of a stream.
 WRITTEN, RECENT, OLDER, WORD, LAST_WORD, THIRD_WORD, CLASSES, MATCH, MATCHED, FIELDS = range(10)
@@ -49,6 +53,7 @@ class Model(typing.NamedTuple):
     stretch: np.ndarray          # (ONE,) int32
     reciprocal: np.ndarray       # (COUNT_LIMIT,) int32
     following: np.ndarray        # (512,) uint8: the state after a bit
+    certain: np.ndarray          # (256,) bool: states that have seen one kind of bit alone
     buckets: np.ndarray          # (buckets · BUCKET,) uint8: histories in hashed contexts
     chances: np.ndarray          # (contexts · 256,) int64: 22 bits of probability, 10 of count, of each state
     match_slots: np.ndarray      # (MATCH_SLOTS,) int64: where the bytes of a hash were last followed
@@ -162,18 +167,17 @@ def find_buckets(model, partial):
         model.bases[i] = find_bucket(model.buckets, h)
 
 
-SIMPLE = np.array([min(a,b)==0 for a,b,c in logistic.histories()]+[False])
 # --- adaptive probabilities ---
 
 @jit
-def learn_chance(chances, at, bit, limit, reciprocal):
-    """Move the probability at `at` towards bit by 1 / (count + 1.5), count up to limit."""
+def learn_chance(chances, at, bit, reciprocal):
+    """Move the probability at `at` towards bit by 1 / (count + 1.5), count up to CHANCE_LIMIT."""
     entry = chances[at]
     count = entry & 1023
     p = entry >> 10
     # |target - p| < 2^22, times at most 2^16: below 2^38.
     p += ((bit << 22) - bit - p) * reciprocal[count] >> 16
-    if count < limit:
+    if count < CHANCE_LIMIT:
         count += 1
     chances[at] = p << 10 | count
 
@@ -234,7 +238,10 @@ def collect_inputs(model, node, partial, expected, matched, depth):
             p = model.chances[i * 256 + state] >> 16
             inputs[2 * i] = model.stretch[p]
 
-            inputs[2 * i + 1] = model.stretch[p] if SIMPLE[state] else 0
+            # A history without a surprise speaks twice, so that it can be believed more, or less.
+            inputs[2 * i + 1] = 0
+            if model.certain[state]:
+                inputs[2 * i + 1] = model.stretch[p]
             if i < ORDERS:
                 longest += 1
     at = 2 * contexts
@@ -300,11 +307,11 @@ def mix(model, final_row):
 def learn_weights(model, bit, rate, final_row, final_rate, p):
     """Move the chosen weights of every set, and the final ones, along the gradient of the code length."""
     inputs = model.inputs
-    final_error = ((bit << 16) - p) * final_rate >> 10
+    final_error = ((bit << 16) - p) * final_rate + 512 >> 10
     for k in range(len(model.rows)):
         output = model.outputs[k]
         # |error| < 2^16, rate < 2^12: below 2^28, shifted 2^18; times an input below 2^30.
-        error = ((bit << 16) - model.squash[output + LIMIT]) * rate >> 10
+        error = ((bit << 16) - model.squash[output + LIMIT]) * rate + 512 >> 10
         weights = model.weights[model.rows[k]]
         for j in range(len(inputs)):
             change = np.int64(inputs[j]) * error + 128 >> 8
@@ -370,12 +377,22 @@ def learn_contexts(model, node, bit):
         at = model.bases[i] + node
         state = np.int64(model.buckets[at])
         if state > 0:
-            learn_chance(model.chances, i * 256 + state, bit, 1023, model.reciprocal)
+            learn_chance(model.chances, i * 256 + state, bit, model.reciprocal)
         model.buckets[at] = model.following[2 * state + bit]
 
 
 @jit
-def choose_rows(model, recent, partial, longest, matched):
+def letters_before(classes):
+    """Return how many letters the word has so far, at most 9, from the kinds of the last bytes."""
+    count = 0
+    while count < 9 and 3 <= classes & 7 <= 5:
+        classes >>= 3
+        count += 1
+    return count
+
+
+@jit
+def choose_rows(model, recent, partial, depth, longest, matched, letters):
     """Choose the row of each set of weights by a small context."""
     length = min(matched, 15)
     if matched > 15:
@@ -386,7 +403,7 @@ def choose_rows(model, recent, partial, longest, matched):
     at += 65536
     model.rows[2] = at + longest * 18 + length
     at += 7 * 18
-    model.rows[3] = at + (recent >> 8 & 0xFF)
+    model.rows[3] = at + letters * 8 + depth
 
 
 
@@ -398,6 +415,7 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
     recent = stream[RECENT]
     hash_contexts(model, s)
     expected = expected_byte(model, s)
+    letters = letters_before(stream[CLASSES])
     partial = 1
     for depth in range(8):
         if depth == 0 or depth == 4:
@@ -409,7 +427,7 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
         if expected >> 8 - depth == partial:
             matched = stream[MATCHED]
         longest = collect_inputs(model, node, partial, expected, matched, depth)
-        choose_rows(model, recent, partial, longest, matched)
+        choose_rows(model, recent, partial, depth, longest, matched, letters)
         if len(model.rows) > SETS:
             guess = ask_guide(model, frequencies, partial, depth)
             model.rows[SETS] = OWN_ROWS + (depth * 16 + (abs(guess) >> 8)) * 7 + longest
@@ -419,14 +437,14 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
         second = 65536 + ((hashed(recent & 0xFFFF, 77) >> 8) + partial * 0x9E35 & 0xFFFF)
         p1 = refined(model, x, first)
         p2 = refined(model, x, second)
-        final = (2 * p + p1 + p2 + 2) >> 2
+        final = (p + p1 + 2 * p2 + 2) >> 2
         final = min(max(final, 1), ONE - 1)
         bit = code_bit(coder, data, byte >> 7 - depth & 1, final)
         if matched > 0:
             right = 1 if (expected >> 7 - depth & 1) == bit else 0
-            learn_chance(model.match_chances, matched, right, 1000, model.reciprocal)
+            learn_chance(model.match_chances, matched, right, model.reciprocal)
         learn_contexts(model, node, bit)
-        learn_weights(model, bit, rate, partial, 40, p)
+        learn_weights(model, bit, rate, partial, FINAL_RATE, p)
         learn_final(model, x, first, bit)
         learn_final(model, x, second, bit)
         partial = partial << 1 | bit
@@ -494,8 +512,10 @@ def code_steps(model, coder, data, columns, frequencies):
     """
     unguided = np.zeros(256, np.int64)
     for t in range(columns.shape[0]):
+        seen = model.streams[0, WRITTEN] * len(model.streams)
+        rate = RATE + FIRST_RATE // (seen + 2000)
         for s in range(columns.shape[1]):
             guide = unguided
             if len(model.rows) > SETS:
                 guide = frequencies[t, s]
-            columns[t, s] = code_byte(model, s, coder, data, np.int64(columns[t, s]), RATE, guide)
+            columns[t, s] = code_byte(model, s, coder, data, np.int64(columns[t, s]), rate, guide)
