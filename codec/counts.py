@@ -1,7 +1,13 @@
 """Compress bytes with adaptive counts alone, or beside a transformer: no weights to store, any machine decodes.
 
-A counts archive is a header, blocks and an end. A block is its form, its length, the length of its code, a CRC-32 of its
-text, and the code. The block that ends the archive holds the SHA-256 of all text. Needs numpy and numba, not torch.
+A counts archive is a header, blocks and an end. A block is its form, the length of its text, the length of its code, a
+CRC-32 of its text, and the code. The block that ends the archive holds the SHA-256 of all text. Needs numpy and numba,
+not torch.
+
+    archive = counts.compress(data)                      # bytes → bytes; counts.decompress(archive) gives data back
+    for piece in counts.encode_blocks(counts.read_blocks(file)):         # pipes, in constant memory
+    for text in counts.decode_blocks(file):              # each block is checked before it is yielded
+    counts.Lockstep(streams, guided=True)                # byte by byte beside a transformer: encode, finish, decode
 """
 import hashlib
 import io
@@ -50,7 +56,10 @@ class _CompileNotice(event.Listener):
 
     def on_start(self, _):
         if not self.said:
-            print('compiling the counting model, once: about half a minute …', file=sys.stderr, flush=True)
+            again = 'once'
+            if not mixing.CACHED:
+                again = 'as in every run, for numba finds no cache folder to write to (set NUMBA_CACHE_DIR)'
+            print(f'compiling the counting model, {again}: about half a minute …', file=sys.stderr, flush=True)
         self.said = True
 
     def on_end(self, _):
@@ -115,9 +124,9 @@ def new_model(streams, memory, ring, guided):
 class Lockstep:
     """S streams that share one model: in each step every stream codes a byte, in the order of the streams.
 
-    Stream s sees what streams 0 … s - 1 taught the model in the same step. `guided`: each step also gets the 256 integer
-    frequencies that a transformer has for the next byte of each stream. Encode and decode calls with the same shapes
-    and frequencies mirror each other; the bytes do not depend on how steps are grouped into calls.
+    Stream s sees what streams 0 … s - 1 taught the model in the same step: that order is part of the format. `guided`:
+    each step also gets the 256 integer frequencies, their sum below 2^40, that a transformer has for the next byte of
+    each stream. The code does not depend on how the steps are grouped into calls.
     """
 
     def __init__(self, streams, memory=DEFAULT_MEMORY, ring=1 << 22, guided=False):

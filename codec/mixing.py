@@ -1,4 +1,13 @@
-"""Adaptive counts mixed in the logistic domain: predict a bit, code it, learn from it, in integers alone."""
+"""Adaptive counts mixed in the logistic domain: predict a bit, code it, learn from it, in integers alone.
+
+A byte is eight bits, the highest first. Every context has a bucket of bit histories for each half of the byte; the
+history of the node that the bits so far lead to gives, by an adaptive table, a probability. The mixer weighs the log
+odds of all contexts, two final tables refine the result, a binary range coder codes the bit, and all of them learn it.
+
+All compiled functions stand in this file, because numba looks at the file of a function alone to know whether its copy
+on disk is stale: whoever changes a constant of logistic.py touches this file too. All integers are int64 unless an
+array is narrower; the bound of each product stands beside it.
+"""
 import typing
 
 import numba
@@ -11,12 +20,17 @@ LIMIT = logistic.LIMIT
 ONE = logistic.ONE
 
 
-def jit(function):
-    """Compile function with numba; keep the result on disk where a folder can be written."""
+def _can_cache():
+    """Whether numba finds a folder in which it may keep what it compiles."""
     try:
-        return numba.njit(cache=True)(function)
+        numba.njit(cache=True)(_can_cache)
     except RuntimeError:
-        return numba.njit(function)
+        return False
+    return True
+
+
+CACHED = _can_cache()
+jit = numba.njit(cache=CACHED)
 
 
 # --- sizes ---
@@ -86,9 +100,10 @@ def row_count(guided):
 
 
 def initial_weights(contexts, inputs):
-    """Return the weights that every row starts with: 0.3 for each log odds of counts, match and transformer."""
+    """Return the weights that every row starts with: 0.18 for log odds of counts, 0.3 for the transformer's."""
     weights = np.zeros(inputs, np.int32)
     weights[0:2 * contexts + 1:2] = WEIGHT_ONE * 18 // 100
+    # The match model's two inputs and the constant stand between those of the contexts and of the transformer.
     weights[2 * contexts + 3::2] = WEIGHT_ONE * 3 // 10
     return weights
 
@@ -231,19 +246,17 @@ def collect_inputs(model, node, partial, expected, matched, depth):
     longest = 0
     for i in range(contexts):
         state = model.buckets[model.bases[i] + node]
-        if state == 0:
-            inputs[2 * i] = 0
-            inputs[2 * i + 1] = 0
-        else:
+        inputs[2 * i] = 0
+        inputs[2 * i + 1] = 0
+        if state > 0:
             p = model.chances[i * 256 + state] >> 16
             inputs[2 * i] = model.stretch[p]
-
             # A history without a surprise speaks twice, so that it can be believed more, or less.
-            inputs[2 * i + 1] = 0
             if model.certain[state]:
                 inputs[2 * i + 1] = model.stretch[p]
             if i < ORDERS:
                 longest += 1
+    # The match model speaks while the byte that it expects agrees with the bits so far.
     at = 2 * contexts
     inputs[at] = 0
     inputs[at + 1] = 0
@@ -310,7 +323,7 @@ def learn_weights(model, bit, rate, final_row, final_rate, p):
     final_error = ((bit << 16) - p) * final_rate + 512 >> 10
     for k in range(len(model.rows)):
         output = model.outputs[k]
-        # |error| < 2^16, rate < 2^12: below 2^28, shifted 2^18; times an input below 2^30.
+        # |error| < 2^16, rate < 2^9: below 2^25, shifted 2^15; times an input below 2^27.
         error = ((bit << 16) - model.squash[output + LIMIT]) * rate + 512 >> 10
         weights = model.weights[model.rows[k]]
         for j in range(len(inputs)):
@@ -326,6 +339,7 @@ def refined(model, x, at):
     place = (x + LIMIT + 1) * 32
     step = place // (2 * LIMIT + 2)
     part = place % (2 * LIMIT + 2) * 4096 // (2 * LIMIT + 2)
+    # Probabilities below 2^16, parts below 2^12: the sum is below 2^29.
     low = np.int64(model.finals[at, step])
     high = np.int64(model.finals[at, step + 1])
     return low * (4096 - part) + high * part >> 12
@@ -406,8 +420,6 @@ def choose_rows(model, recent, partial, depth, longest, matched, letters):
     model.rows[3] = at + letters * 8 + depth
 
 
-
-
 @jit
 def code_byte(model, s, coder, data, byte, rate, frequencies):
     """Code the next byte of stream s and learn from it: returns the byte, read from data or as given and written."""
@@ -416,7 +428,7 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
     hash_contexts(model, s)
     expected = expected_byte(model, s)
     letters = letters_before(stream[CLASSES])
-    partial = 1
+    partial = 1                              # the bits so far, behind a leading 1
     for depth in range(8):
         if depth == 0 or depth == 4:
             find_buckets(model, partial)
@@ -426,6 +438,8 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
         matched = 0
         if expected >> 8 - depth == partial:
             matched = stream[MATCHED]
+
+        # Predict: all that is known of the bit, mixed, then refined by two tables.
         longest = collect_inputs(model, node, partial, expected, matched, depth)
         choose_rows(model, recent, partial, depth, longest, matched, letters)
         if len(model.rows) > SETS:
@@ -433,12 +447,13 @@ def code_byte(model, s, coder, data, byte, rate, frequencies):
             model.rows[SETS] = OWN_ROWS + (depth * 16 + (abs(guess) >> 8)) * 7 + longest
         x = mix(model, partial)
         p = np.int64(model.squash[x + LIMIT])
+        # Two final tables know the last byte, and a hash of the last two.
         first = (recent & 0xFF) << 8 | partial
         second = 65536 + ((hashed(recent & 0xFFFF, 77) >> 8) + partial * 0x9E35 & 0xFFFF)
-        p1 = refined(model, x, first)
-        p2 = refined(model, x, second)
-        final = (p + p1 + 2 * p2 + 2) >> 2
+        final = p + refined(model, x, first) + 2 * refined(model, x, second) + 2 >> 2
         final = min(max(final, 1), ONE - 1)
+
+        # Code, then learn: each part from the bit and from what itself had said.
         bit = code_bit(coder, data, byte >> 7 - depth & 1, final)
         if matched > 0:
             right = 1 if (expected >> 7 - depth & 1) == bit else 0
@@ -485,7 +500,7 @@ def remember(model, s, byte):
 
 @jit
 def class_of(byte):
-    """Return the kind of a byte: control, space, digit, lower case, capital, other script, marks that end, other marks."""
+    """Return the kind of a byte: control, space, digit, lower case, capital, other script, comma or stop, the rest."""
     kind = 7
     if byte < 32:
         kind = 0
@@ -513,7 +528,7 @@ def code_steps(model, coder, data, columns, frequencies):
     unguided = np.zeros(256, np.int64)
     for t in range(columns.shape[0]):
         seen = model.streams[0, WRITTEN] * len(model.streams)
-        rate = RATE + FIRST_RATE // (seen + 2000)
+        rate = RATE + FIRST_RATE // (seen + 2000)       # at most 284, below 2^9
         for s in range(columns.shape[1]):
             guide = unguided
             if len(model.rows) > SETS:
