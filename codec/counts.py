@@ -1,7 +1,7 @@
 """Compress bytes with adaptive counts alone, or beside a transformer: no weights to store, any machine decodes.
 
 A counts archive is a header, blocks and an end. A block is its form, the length of its text, the length of its code, a
-CRC-32 of its text, and the code. The block that ends the archive holds the SHA-256 of all text. Needs numpy and numba,
+CRC-32 of its text, a CRC-32 of all these and of its code, and the code. The block that ends the archive holds the SHA-256 of all text. Needs numpy and numba,
 not torch.
 
     archive = counts.compress(data)                      # bytes → bytes; counts.decompress(archive) gives data back
@@ -34,6 +34,7 @@ VERSION = 2
 HEADER = struct.Struct('<4sBHHI')               # magic, version, MiB of counts, streams, CRC-32 of these
 FRONT = struct.Struct('<4sBHH')                 # the header without its CRC
 BLOCK = struct.Struct('<BIII')                  # form, bytes of text, bytes of code, CRC-32 of the text
+CHECK = struct.Struct('<I')                     # CRC-32 of the four and the code: checked before anything is decoded
 END, STORED, CODED = range(3)                   # forms of a block
 DEFAULT_BLOCK = 1 << 20                         # bytes of text in a block
 MOST_BLOCK = 1 << 24
@@ -258,6 +259,12 @@ def fitting_memory(length, most=DEFAULT_MEMORY):
     return max(1, min(most, length * MEMORY_PER_MEGABYTE // 1000000 + 1))
 
 
+def _block(form, text, code):
+    """Return a block as it stands in an archive."""
+    front = BLOCK.pack(form, len(text), len(code), zlib.crc32(text))
+    return front + CHECK.pack(zlib.crc32(code, zlib.crc32(front))) + code
+
+
 def encode_blocks(chunks, memory=DEFAULT_MEMORY, streams=1, length=None):
     """Yield the pieces of an archive of chunks, an iterable of bytes, each the text of a block of 1 … MOST_BLOCK bytes.
 
@@ -270,7 +277,7 @@ def encode_blocks(chunks, memory=DEFAULT_MEMORY, streams=1, length=None):
     memory = fitting_memory(length, memory)
     lockstep = Lockstep(streams, memory, _ring(streams))
     front = FRONT.pack(MAGIC, VERSION, memory, streams)
-    yield front + struct.pack('<I', zlib.crc32(front))
+    yield front + CHECK.pack(zlib.crc32(front))
     digest = hashlib.sha256()
     for text in chunks:
         if len(text) > MOST_BLOCK:
@@ -281,9 +288,8 @@ def encode_blocks(chunks, memory=DEFAULT_MEMORY, streams=1, length=None):
         if len(code) >= len(text):
             form = STORED
             code = bytes(text)
-        yield BLOCK.pack(form, len(text), len(code), zlib.crc32(text)) + code
-    code = digest.digest()
-    yield BLOCK.pack(END, 0, len(code), zlib.crc32(code)) + code
+        yield _block(form, text, code)
+    yield _block(END, b'', digest.digest())
 
 
 def _ring(streams):
@@ -315,26 +321,42 @@ def read_header(file):
     return memory, streams
 
 
+def _read_block(file):
+    """Return (form, code, bytes of text, CRC-32 of the text) of the next block, whole as it was written."""
+    front = _read(file, BLOCK.size)
+    check, = CHECK.unpack(_read(file, CHECK.size))
+    form, length, size, crc = BLOCK.unpack(front)
+    bounded = length <= MOST_BLOCK and size <= max(length, hashlib.sha256().digest_size)
+    if form not in (END, STORED, CODED) or not bounded:
+        raise UserError(DAMAGED)
+    code = _read(file, size)
+    if check != zlib.crc32(code, zlib.crc32(front)):
+        raise UserError(DAMAGED)
+    return form, code, length, crc
+
+
+def _text_of(lockstep, form, code, length):
+    """Return the text of a block; the model learns stored text too, as it did when the block was written."""
+    if form == CODED:
+        return _decode_text(lockstep, code, length)
+    if form == END:
+        return b''
+    _encode_text(lockstep, code)
+    return code
+
+
 def decode_blocks(file):
     """Yield the text of each block of the archive in file; every block is checked before it is yielded."""
     memory, streams = read_header(file)
     lockstep = Lockstep(streams, memory, _ring(streams))
     digest = hashlib.sha256()
     while True:
-        form, length, size, crc = BLOCK.unpack(_read(file, BLOCK.size))
-        if form not in (END, STORED, CODED) or length > MOST_BLOCK or size > max(length, 32):
-            raise UserError(DAMAGED)
-        code = _read(file, size)
-        if form == END:
-            break
-        if form == CODED:
-            text = _decode_text(lockstep, code, length)
-        else:
-            # The model learns stored text too, as it did when the block was written.
-            text = code
-            _encode_text(lockstep, text)
+        form, code, length, crc = _read_block(file)
+        text = _text_of(lockstep, form, code, length)
         if len(text) != length or zlib.crc32(text) != crc:
             raise UserError(DAMAGED)
+        if form == END:
+            break
         digest.update(text)
         yield text
     if code != digest.digest():
