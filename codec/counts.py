@@ -1,8 +1,8 @@
 """Compress bytes with adaptive counts alone, or beside a transformer: no weights to store, any machine decodes.
 
 A counts archive is a header, blocks and an end. A block is its form, the length of its text, the length of its code, a
-CRC-32 of its text, a CRC-32 of all these and of its code, and the code. The block that ends the archive holds the SHA-256 of all text. Needs numpy and numba,
-not torch.
+CRC-32 of its text, a CRC-32 of all these and of its code, and the code. The block that ends the archive holds the
+SHA-256 of all text. Needs numpy and numba, not torch.
 
     archive = counts.compress(data)                      # bytes → bytes; counts.decompress(archive) gives data back
     for piece in counts.encode_blocks(counts.read_blocks(file)):         # pipes, in constant memory
