@@ -39,7 +39,8 @@ SHARED = 17                      # contexts whose counts all streams share
 PRIVATE = 4                      # further contexts, with counts of each stream's own, where streams are many
 ORDERS = 6                       # the first contexts are the orders 1 … ORDERS
 BUCKET = 16                      # bytes of a bucket: check byte, then the histories of the 15 nodes of half a byte
-MATCH_SLOTS = 1 << 20
+WAYS = 4                         # buckets next to each other that a context may have
+MATCH_SLOTS = 1 << 20            # hashes of the match model
 MATCH_LEAST = 6                  # bytes that must agree before the match model speaks
 MATCH_MOST = 63
 SETS = 4                         # sets of weights that the final mix averages; a guided model has one more
@@ -119,23 +120,23 @@ def hashed(a, b):
 
 @jit
 def find_bucket(buckets, h):
-    """Return the offset of the bucket of hash h: of two places the one that has it, else the less used one, emptied."""
+    """Return the offset of the bucket of hash h: of WAYS places the one that has it, else the least used one, emptied."""
     x = h * 0x2C9277B5                       # below 2^62
     check = x >> 8 & 0xFF
     # 32 bits of the hash times the number of buckets, at most 2^26: below 2^58.
     first = ((x >> 30) * (len(buckets) // BUCKET) >> 32) * BUCKET
-    second = first ^ BUCKET
-    if buckets[first] == check:
-        return first
-    if buckets[second] == check:
-        return second
-    # The state of the first node grows with the number of bits seen in the bucket.
-    if buckets[first + 1] > buckets[second + 1]:
-        first = second
-    buckets[first] = check
+    least = first
+    for way in range(WAYS):
+        place = first ^ way * BUCKET
+        if buckets[place] == check:
+            return place
+        # The state of the first node grows with the number of bits seen in the bucket.
+        if buckets[place + 1] < buckets[least + 1]:
+            least = place
+    buckets[least] = check
     for i in range(1, BUCKET):
-        buckets[first + i] = 0
-    return first
+        buckets[least + i] = 0
+    return least
 
 
 @jit

@@ -267,7 +267,7 @@ def test_private_contexts_pay_where_streams_are_many():
 
 # --- the same bytes everywhere ---
 
-GOLDEN = 'c5ac407e668a2d73ee2e8ba4967eb441d27cb96d9d9d54b8eabbdf4bb07dd90d'
+GOLDEN = '4c4ed62721dfc339a52aaf5cd77fa4272e621970e1491b98f44dd6d2bffa3ee9'
 PROGRAM = '''
 import hashlib, sys
 from codec import counts
