@@ -120,7 +120,7 @@ def hashed(a, b):
 
 @jit
 def find_bucket(buckets, h):
-    """Return the offset of the bucket of hash h: of WAYS places the one that has it, else the least used one, emptied."""
+    """Return the offset of the bucket of hash h: of WAYS places the one that has it, or the least used, emptied."""
     x = h * 0x2C9277B5                       # below 2^62
     check = x >> 8 & 0xFF
     # 32 bits of the hash times the number of buckets, at most 2^26: below 2^58.
