@@ -292,6 +292,7 @@ def start(folder, **variables):
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_a_generic_cpu_and_two_processes_that_compile_at_once(tmp_path):
     variables = dict(NUMBA_CPU_NAME='generic', NUMBA_CPU_FEATURES='', NUMBA_CACHE_DIR=str(tmp_path / 'cache'))
     processes = [start(tmp_path, **variables), start(tmp_path, **variables)]
@@ -301,6 +302,7 @@ def test_a_generic_cpu_and_two_processes_that_compile_at_once(tmp_path):
         assert 'compiling' in err
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_written(tmp_path):
     blocker = tmp_path / 'file'
     blocker.write_text('')
