@@ -24,6 +24,7 @@ import sys
 from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, names_in, one_of, require
+from training import plan
 
 # -----------------------------------------------------------------------------
 # run
@@ -87,7 +88,29 @@ wandb_log = False
 wandb_project = 'nanomdl'
 # the student's other switches are knobs as well: fields of ModelConfig in model.py
 # -----------------------------------------------------------------------------
-config = configure(globals(), fields_of='model.ModelConfig')
+
+TERMS = ('clm', 'ce', 'mse', 'cos', 'hidden')           # in this order everywhere
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    n_ranks = int(os.environ.get('WORLD_SIZE', 1))
+    weights = [f'a_{term}' for term in TERMS]
+    from_zero = ('epochs', 'max_iters', 'dropout', 'eval_blocks', 'eval_interval', 'train_only_on_leading_tokens',
+                 'checkpoint_time', 'max_runtime', *weights)
+    from_one = ('log_every', 'log_interval', 'keep_last', 'chunk_tokens')
+    return [(k.teacher != '', 'teacher is empty; name a checkpoint or hub id, --teacher=out/RUN'),
+            one_of('order', k.order, ('permuted', 'sequential', 'random')),
+            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k),
+            *(at_least(name, getattr(k, name), 0) for name in from_zero),
+            *(at_least(name, getattr(k, name), 1) for name in from_one),
+            (k.temperature > 0, f'temperature = {k.temperature}, expected > 0'),
+            (any(getattr(k, name) for name in weights), 'all weights of the loss are 0; set a_ce or a_clm'),
+            (not k.wrapper, f'wrapper = {k.wrapper!r}, but a student predicts the next token and has no encoder;'
+             " use --wrapper=")]
+
+
+config = configure(globals(), fields_of='model.ModelConfig', rules=rules)
 
 import torch
 import torch.nn as nn
@@ -98,7 +121,7 @@ import sparse
 from corpus.bins import key_of, split_names
 from corpus.data import Batches, leading_rules, open_split, row_rule
 from model import GPT, ModelConfig, config_from_knobs, flops_per_token, linear, model_args
-from training import curves, parallel, plan
+from training import curves, parallel
 from training.checkpoint import check_resume, load_model, load_weights, parent_of
 from training.optim import load_states, make_optimizers, set_rate, states_of
 from training.plan import Schedule
@@ -106,7 +129,6 @@ from training.process import Env, StopSignals
 from training.run import Run, starting_checkpoint
 from training.step import accumulate, clip, forget_gradients, unscale, update
 
-TERMS = ('clm', 'ce', 'mse', 'cos', 'hidden')           # in this order everywhere
 LABEL = 'distillation'                                  # of the one phase, in logs
 CSV_COLUMNS = ('phase', 'epoch', 'step', 'tokens', 'loss_nats', 'lr', 'grad_norm', 'grad_norm_penalised', 'nonzeros',
                'loss', *(f'loss_{term}' for term in TERMS[1:]), 'seconds')
@@ -237,23 +259,6 @@ class Distillation(nn.Module):
 
 # --- knobs and plan ---
 
-def check_knobs(k, n_ranks):
-    """Refuse knobs that cannot be meant, all in one message."""
-    weights = [f'a_{term}' for term in TERMS]
-    from_zero = ('epochs', 'max_iters', 'dropout', 'eval_blocks', 'eval_interval', 'train_only_on_leading_tokens',
-                 'checkpoint_time', 'max_runtime', *weights)
-    from_one = ('log_every', 'log_interval', 'keep_last', 'chunk_tokens')
-    require((k.teacher != '', 'teacher is empty; name a checkpoint or hub id, --teacher=out/RUN'),
-            one_of('order', k.order, ('permuted', 'sequential', 'random')),
-            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k),
-            *(at_least(name, getattr(k, name), 0) for name in from_zero),
-            *(at_least(name, getattr(k, name), 1) for name in from_one),
-            (k.temperature > 0, f'temperature = {k.temperature}, expected > 0'),
-            (any(getattr(k, name) for name in weights), 'all weights of the loss are 0; set a_ce or a_clm'),
-            (not k.wrapper, f'wrapper = {k.wrapper!r}, but a student predicts the next token and has no encoder;'
-             " use --wrapper="))
-
-
 def phases_of(n_batches, k):
     """Return the one phase of a run, or none where there is nothing to train."""
     return plan.plan_phases(n_batches, (0, k.epochs, 0), max_iters=k.max_iters)
@@ -339,7 +344,6 @@ if __name__ == '__main__':
     config.pop('check')
     config.pop('overwrite')
     n_ranks = int(os.environ.get('WORLD_SIZE', 1))
-    check_knobs(k, n_ranks)
     if check:
         show_plan(config, k, n_ranks)
         sys.exit()

@@ -36,7 +36,32 @@ device = 'auto'
 dtype = 'auto'
 # -----------------------------------------------------------------------------
 
-config = configure(globals())
+STRATEGIES = {                  # {layers of the teacher: those kept}; another depth keeps as many, evenly spaced
+    '3l': {12: (0, 6, 11), 24: (0, 12, 23)},
+    '6t': {12: (6, 7, 8, 9, 10, 11), 24: (13, 15, 17, 19, 21, 23)},
+    '6b': {12: (0, 1, 2, 3, 4, 5), 24: (0, 2, 4, 6, 8, 10)},
+    '3b3t': {12: (0, 2, 4, 7, 9, 11), 24: (0, 4, 8, 15, 19, 23), 36: (0, 6, 12, 23, 29, 35)},
+    'alt': {12: (0, 2, 4, 6, 8, 10), 24: (0, 4, 8, 12, 16, 20), 36: (0, 6, 12, 18, 24, 30),
+            48: (0, 8, 16, 24, 32, 40)},
+    'distil': {12: (0, 2, 4, 7, 9, 11), 24: (0, 4, 8, 13, 17, 21), 36: (0, 6, 12, 19, 25, 31),
+               48: (0, 8, 16, 25, 33, 41)},
+}
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    return [(k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
+            one_of('method', k.method, ('tamade', 'magnitude', 'gamma', 'none')),
+            one_of('strategy', k.strategy, ('', *STRATEGIES, 'sensitivity')),
+            (not (k.strategy and k.layers), f'strategy = {k.strategy!r} and layers = {k.layers!r}, expected one of'
+             ' them'),
+            one_of('scope', k.scope, ('global', 'tensor')),
+            one_of('regularise', k.regularise, ('matrices', 'all')),
+            at_least('tolerated_relative_loss_increase', k.tolerated_relative_loss_increase, 0),
+            (0 <= k.sparsity <= 1, f'sparsity = {k.sparsity}, expected a share in [0, 1]')]
+
+
+config = configure(globals(), rules=rules)
 
 import torch
 
@@ -50,30 +75,7 @@ from training.folder import RunRecord, close_run_folders, commit_run_folders, op
 from training.process import Env
 from training.table import markdown
 
-STRATEGIES = {                  # {layers of the teacher: those kept}; another depth keeps as many, evenly spaced
-    '3l': {12: (0, 6, 11), 24: (0, 12, 23)},
-    '6t': {12: (6, 7, 8, 9, 10, 11), 24: (13, 15, 17, 19, 21, 23)},
-    '6b': {12: (0, 1, 2, 3, 4, 5), 24: (0, 2, 4, 6, 8, 10)},
-    '3b3t': {12: (0, 2, 4, 7, 9, 11), 24: (0, 4, 8, 15, 19, 23), 36: (0, 6, 12, 23, 29, 35)},
-    'alt': {12: (0, 2, 4, 6, 8, 10), 24: (0, 4, 8, 12, 16, 20), 36: (0, 6, 12, 18, 24, 30),
-            48: (0, 8, 16, 24, 32, 40)},
-    'distil': {12: (0, 2, 4, 7, 9, 11), 24: (0, 4, 8, 13, 17, 21), 36: (0, 6, 12, 19, 25, 31),
-               48: (0, 8, 16, 25, 33, 41)},
-}
 IDS_AT_ONCE = 1 << 24           # 16 M of the training split in memory at a time
-
-
-def check_knobs(k):
-    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
-    require((k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
-            one_of('method', k.method, ('tamade', 'magnitude', 'gamma', 'none')),
-            one_of('strategy', k.strategy, ('', *STRATEGIES, 'sensitivity')),
-            (not (k.strategy and k.layers), f'strategy = {k.strategy!r} and layers = {k.layers!r}, expected one of'
-             ' them'),
-            one_of('scope', k.scope, ('global', 'tensor')),
-            one_of('regularise', k.regularise, ('matrices', 'all')),
-            at_least('tolerated_relative_loss_increase', k.tolerated_relative_loss_increase, 0),
-            (0 <= k.sparsity <= 1, f'sparsity = {k.sparsity}, expected a share in [0, 1]'))
 
 
 @dataclass
@@ -202,7 +204,6 @@ def sparsity_rows(model):
 
 if __name__ == '__main__':
     k = SimpleNamespace(**config)
-    check_knobs(k)
     env = Env(device, dtype)
     model, checkpoint = load_model(from_ckpt, env.device)
     masks = {name: mask.to(env.device) for name, mask in checkpoint['masks'].items()}

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from itertools import chain
-from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, require
 
@@ -29,7 +28,16 @@ tokenizer = ''                  # tokenizer.json of an own BPE; '' = the one bes
 device = 'auto'
 dtype = 'auto'
 # -----------------------------------------------------------------------------
-config = configure(globals())
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    return [(k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
+            at_least('num_samples', k.num_samples, 1),
+            *(at_least(name, vars(k)[name], 0) for name in ('max_new_tokens', 'temperature', 'top_k'))]
+
+
+config = configure(globals(), rules=rules)
 
 import torch
 
@@ -37,13 +45,6 @@ from codec.text import byte_strings
 from corpus.tokens import bytes_encoder, tokenizer_folder
 from training.checkpoint import load_model
 from training.process import Env
-
-
-def check_knobs(k):
-    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
-    require((k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
-            at_least('num_samples', k.num_samples, 1),
-            *(at_least(name, vars(k)[name], 0) for name in ('max_new_tokens', 'temperature', 'top_k')))
 
 
 def prompt_bytes(text):
@@ -123,7 +124,6 @@ def decoded(pieces):
 
 
 if __name__ == '__main__':
-    check_knobs(SimpleNamespace(**config))
     prompted = prompt_bytes(prompt)
     env = Env(device, dtype)
     model, checkpoint = load_model(from_ckpt, env.device)

@@ -46,7 +46,21 @@ bounds = False                  # measure constant and uniformly random tokens t
 companion_units = 100_000       # leading words (byte data) or tokens for n-grams and vocabulary overlap
 device = 'auto'
 # -----------------------------------------------------------------------------
-config = configure(globals())
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    names = names_in(k.dataset)
+    lowest = dict(n_batches=2, n_sequences=1, sequence_length=1, head_epochs=0, head_batch_size=1, micro_batch_size=0,
+                  companion_units=100, max_tokens=0)
+    return [(names or k.bounds, 'dataset is empty; name sets, --dataset=pubmed,uspto,mix'),
+            ('mix' not in names or k.data_mix,
+             "dataset names mix, but data_mix is empty; give --data_mix='a:0.5,b:0.5'"),
+            *(at_least(name, vars(k)[name], low) for name, low in lowest.items()),
+            (k.head_learning_rate > 0, f'head_learning_rate = {k.head_learning_rate}, expected > 0')]
+
+
+config = configure(globals(), rules=rules)
 
 import numpy as np
 import torch
@@ -76,18 +90,6 @@ class Protocol:
     head_batch_size: int
     head_learning_rate: float
     seed: int
-
-
-def check_knobs(k):
-    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
-    names = names_in(k.dataset)
-    lowest = dict(n_batches=2, n_sequences=1, sequence_length=1, head_epochs=0, head_batch_size=1, micro_batch_size=0,
-                  companion_units=100, max_tokens=0)
-    require((names or k.bounds, 'dataset is empty; name sets, --dataset=pubmed,uspto,mix'),
-            ('mix' not in names or k.data_mix,
-             "dataset names mix, but data_mix is empty; give --data_mix='a:0.5,b:0.5'"),
-            *(at_least(name, vars(k)[name], low) for name, low in lowest.items()),
-            (k.head_learning_rate > 0, f'head_learning_rate = {k.head_learning_rate}, expected > 0'))
 
 
 # --- the embedding of a batch ---
@@ -457,7 +459,6 @@ def check_bounds(rows, vocab_size, protocol):
 
 if __name__ == '__main__':
     k = SimpleNamespace(**config)
-    check_knobs(k)
     protocol = Protocol(n_sequences, sequence_length, head_epochs, head_batch_size, head_learning_rate, seed)
     env = Env(device, 'float32')
     model, checkpoint = load_model(probe, env.device)

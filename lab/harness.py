@@ -7,7 +7,6 @@ In: a checkpoint, run folder, Hugging Face folder or hub id; its tokenizer. Out:
 with its results. `python runs.py export` gives a folder for lm_eval's own `hf` model; the numbers are the same.
 """
 import os
-from types import SimpleNamespace
 
 from configurator import UserError, at_least, configure, names_in, require
 
@@ -23,7 +22,18 @@ out_dir = 'out/harness'
 device = 'auto'
 dtype = 'auto'
 # -----------------------------------------------------------------------------
-config = configure(globals())
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    return [(k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
+            (names_in(k.tasks), 'tasks is empty; name some of lm_eval, --tasks=lambada_openai,hellaswag'),
+            at_least('limit', k.limit, 0),
+            at_least('batch_size', k.batch_size, 1),
+            (not k.task_folder or os.path.isdir(k.task_folder), f'task_folder = {k.task_folder!r} is no folder')]
+
+
+config = configure(globals(), rules=rules)
 
 import numpy as np
 import torch
@@ -34,15 +44,6 @@ from corpus.tokens import tokenizer_folder
 from training.checkpoint import load_model, parent_of
 from training.folder import RunRecord
 from training.process import Env
-
-
-def check_knobs(k):
-    """Raise one UserError that lists every knob of the namespace k that cannot be meant."""
-    require((k.from_ckpt != '', 'from_ckpt is empty; name a checkpoint, --from_ckpt=out/RUN'),
-            (names_in(k.tasks), 'tasks is empty; name some of lm_eval, --tasks=lambada_openai,hellaswag'),
-            at_least('limit', k.limit, 0),
-            at_least('batch_size', k.batch_size, 1),
-            (not k.task_folder or os.path.isdir(k.task_folder), f'task_folder = {k.task_folder!r} is no folder'))
 
 
 def tokens_of(checkpoint, path):
@@ -208,7 +209,6 @@ def numbers_of(results):
 
 
 if __name__ == '__main__':
-    check_knobs(SimpleNamespace(**config))
     try:
         import lm_eval
         from lm_eval.utils import make_table

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from configurator import at_least, configure, names_in, one_of, require
+from training import plan
 
 # -----------------------------------------------------------------------------
 # run
@@ -70,7 +71,26 @@ log_interval = 100              # steps between lines of log.txt
 checkpoint_time = 1800.0        # seconds between checkpoints; 0 = only at the end and on a signal
 max_runtime = 0.0               # seconds, of all encoders together, after which to save and exit with 85; 0 = off
 # -----------------------------------------------------------------------------
-config = configure(globals())
+
+
+def rules(k):
+    """Return what must hold of the knobs, as require takes it."""
+    n_ranks = int(os.environ.get('WORLD_SIZE', 1))
+    from_zero = ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_rows', 'train_only_on_leading_tokens',
+                 'checkpoint_time', 'max_runtime')
+    from_one = ('max_iters', 'log_every', 'log_interval', 'embedding_bits')
+    return [(names_in(k.from_ckpt), 'from_ckpt is empty; name encoders, --from_ckpt=out/RUN,gpt2'),
+            one_of('init_from', k.init_from, ('scratch', 'resume')),
+            one_of('order', k.order, ('permuted', 'sequential', 'random')),
+            one_of('spread', k.spread, ('unroll', 'repeat')),
+            (k.spread == 'unroll' or k.positions != 'rotary', "spread = 'repeat' gives all positions the same input,"
+             " which rotary attention cannot tell apart; use positions = 'sinusoidal' or spread = 'unroll'"),
+            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k),
+            *(at_least(name, getattr(k, name), 0) for name in from_zero),
+            *(at_least(name, getattr(k, name), 1) for name in from_one)]
+
+
+config = configure(globals(), rules=rules)
 
 import torch
 import torch.nn as nn
@@ -79,7 +99,7 @@ import score
 from corpus.data import Batches, open_split, row_rule
 from corpus.objectives import with_objective
 from model import ModelConfig, build, flops_per_token, make, model_args
-from training import curves, parallel, plan
+from training import curves, parallel
 from training.checkpoint import load_checkpoint, load_weights, parent_of
 from training.folder import check_run_folder, read_run
 from training.optim import load_states, make_optimizers, set_rate, states_of
@@ -232,22 +252,6 @@ def jobs_of(path, label, checkpoint, train_data, test_data, dataset, k):
 
 # --- knobs ---
 
-def check_knobs(k, n_ranks):
-    """Refuse knobs that cannot be meant, all in one message."""
-    from_zero = ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_rows', 'train_only_on_leading_tokens',
-                 'checkpoint_time', 'max_runtime')
-    from_one = ('max_iters', 'log_every', 'log_interval', 'embedding_bits')
-    require((names_in(k.from_ckpt), 'from_ckpt is empty; name encoders, --from_ckpt=out/RUN,gpt2'),
-            one_of('init_from', k.init_from, ('scratch', 'resume')),
-            one_of('order', k.order, ('permuted', 'sequential', 'random')),
-            one_of('spread', k.spread, ('unroll', 'repeat')),
-            (k.spread == 'unroll' or k.positions != 'rotary', "spread = 'repeat' gives all positions the same input,"
-             " which rotary attention cannot tell apart; use positions = 'sinusoidal' or spread = 'unroll'"),
-            *plan.batch_rules(k, n_ranks), *plan.optimizer_rules(k),
-            *(at_least(name, getattr(k, name), 0) for name in from_zero),
-            *(at_least(name, getattr(k, name), 1) for name in from_one))
-
-
 def check_resumed(jobs, config):
     """Refuse to go on with decoders that were trained with other settings, on other data or of another encoder."""
     rules = []
@@ -372,7 +376,6 @@ if __name__ == '__main__':
     # 1. What is asked for, this process among the others, and the signals that end it with a checkpoint.
     k = SimpleNamespace(**config)
     config.pop('overwrite')
-    check_knobs(k, int(os.environ.get('WORLD_SIZE', 1)))
     signals = StopSignals(max_runtime)
     env = Env(device, dtype)
 
