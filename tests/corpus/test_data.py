@@ -127,10 +127,8 @@ def test_a_place_decides_alone(data_dir):
     assert np.array_equal(batches.batch(Place(1, 3, 99))[0], x)
     assert not np.array_equal(batches.batch(Place(2, 3, 10))[0], x)
     ordered = Batches(opened(data_dir, 'bin'), 'sequential', 5, 8, T)
-    first_pass = SimpleNamespace(epoch=0, batch=3, number=3, sequential=True)
+    first_pass = Place(epoch=0, batch=3, number=3, sequential=True)
     assert np.array_equal(batches.batch(first_pass)[1], ordered.batch(Place(0, 3, 3))[1])
-    without = SimpleNamespace(epoch=1, batch=3, number=10)              # a place need not know of sequential
-    assert np.array_equal(batches.batch(without)[0], x)
     mixed = Batches(opened(data_dir, 'mixture'), 'permuted', 5, 8, T)
     assert np.array_equal(mixed.batch(Place(0, 0, 7))[0], mixed.batch(Place(4, 2, 7))[0])
     assert not np.array_equal(mixed.batch(Place(0, 0, 7))[0], mixed.batch(Place(0, 0, 8))[0])
