@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := out/sample_pmmp
 
-.PHONY: demo check check-front check-rooms test bench lint clean
+.PHONY: demo check check-front check-rooms test test-front test-rooms bench lint clean
 .DELETE_ON_ERROR:
 
 .venv/run: requirements.txt
@@ -39,8 +39,15 @@ check-front:
 check-rooms:
 	$(PY) -m pytest tests/codec tests/corpus tests/lab tests/training -m "not slow"
 
+# All tests: also those that start torchrun, kill processes and pretend to be SLURM; on two cores.
 test: .venv/dev
-	$(PY) -m pytest tests
+	$(MAKE) --no-print-directory --output-sync=target -j2 test-front test-rooms
+
+test-front:
+	$(PY) -m pytest $(wildcard tests/test_*.py)
+
+test-rooms:
+	$(PY) -m pytest tests/codec tests/corpus tests/lab tests/training
 
 lint: .venv/dev
 	.venv/bin/ruff check .
