@@ -175,9 +175,15 @@ def save_sharded(folder, checkpoint):
     """Write a checkpoint whose tensors may be DTensors as a folder; all ranks call it, rank 0 writes the rest."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     tensors = {}
     rest = _pull_out(checkpoint, '', tensors)
-    dcp.save(tensors, checkpoint_id=folder)
+    try:
+        dcp.save(tensors, checkpoint_id=folder)
+    except CheckpointException as e:
+        # It holds what failed on each rank, and is no Exception: nothing that catches errors would catch it.
+        failures = [f'rank {rank}: {error}' for rank, (error, _) in sorted(e.failures.items())]
+        raise OSError('; '.join(failures)) from None
 
     # Each rank reads back what it has written itself: the files of all would be too much for one.
     rank = dist.get_rank()

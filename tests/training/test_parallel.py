@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TINY, losses_of, run_here, same, torchrun, weights_of
 
 from configurator import UserError
+from training import parallel
 from training.checkpoint import load_checkpoint, load_model
 from training.folder import read_run, read_status
 
@@ -157,3 +158,15 @@ def test_sharding_needs_torchrun(train_tiny):
         train_tiny('--shard=full')
     with pytest.raises(UserError, match=r'\(1\) cpu_offload .* \(2\) sharded_ckpt '):
         train_tiny('--cpu_offload', '--sharded_ckpt')
+
+
+def test_a_rank_that_cannot_write_its_part_is_an_ordinary_error(tmp_path, monkeypatch):
+    """torch's CheckpointException derives from BaseException: a full disk went past every handler, as a traceback."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    def full(*_, **__):
+        raise CheckpointException('save', {1: (OSError(28, 'No space left on device'), None)})
+    monkeypatch.setattr(dcp, 'save', full)
+    with pytest.raises(OSError, match='rank 1: .*No space left'):
+        parallel.save_sharded(str(tmp_path), dict(model={}))
